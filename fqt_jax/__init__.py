@@ -1,0 +1,20 @@
+"""1-bit fully quantized training for JAX and Flax (arXiv 2408.14267)."""
+
+from fqt_jax.binarize import PackedBits as PackedBits
+from fqt_jax.binarize import binarize as binarize
+from fqt_jax.binarize import weight_scale as weight_scale
+from fqt_jax.functional import conv as conv
+from fqt_jax.functional import dense as dense
+from fqt_jax.kernels import implementations as implementations
+from fqt_jax.pruning import Selection as Selection
+from fqt_jax.pruning import keep_probabilities as keep_probabilities
+from fqt_jax.pruning import prune as prune
+from fqt_jax.recipe import FQT1 as FQT1
+from fqt_jax.recipe import FULL_PRECISION as FULL_PRECISION
+from fqt_jax.recipe import PSQ1 as PSQ1
+from fqt_jax.recipe import QAT as QAT
+from fqt_jax.recipe import RECIPES as RECIPES
+from fqt_jax.recipe import GradientQuantizer as GradientQuantizer
+from fqt_jax.recipe import Recipe as Recipe
+from fqt_jax.recipe import recipe_by_name as recipe_by_name
+from fqt_jax.rounding import stochastic_round as stochastic_round

@@ -1,0 +1,171 @@
+"""The operands of the integer products, and the checks that every implementation can rely on."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from fqt_jax.binarize import PackedBits
+from fqt_jax.pruning import Selection
+
+Pair = tuple[int, int]
+GroupAxis = Literal["samples", "channels"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """The window of a convolution: its size, strides and explicit padding. Static.
+
+    Attributes:
+      size: ``(height, width)``.
+      strides: ``(down, across)``.
+      padding: ``((top, bottom), (left, right))``; padded entries count as zero, not as a sign.
+
+    Example:
+      >>> Window((3, 3), (2, 2), ((1, 1), (1, 1))).output_size((32, 32))
+      (16, 16)
+    """
+
+    size: Pair = (1, 1)
+    strides: Pair = (1, 1)
+    padding: tuple[Pair, Pair] = ((0, 0), (0, 0))
+
+    def __post_init__(self) -> None:
+        if min(self.size) < 1:
+            raise ValueError(f"window sizes must be at least 1; got {self.size}.")
+        if min(self.strides) < 1:
+            raise ValueError(f"strides must be at least 1; got {self.strides}.")
+        if min(min(pair) for pair in self.padding) < 0:
+            raise ValueError(f"padding must not be negative; got {self.padding}.")
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the convolution is a plain matrix product at each position."""
+        return (self.size, self.strides, self.padding) == ((1, 1), (1, 1), ((0, 0), (0, 0)))
+
+    def output_size(self, size: Pair) -> Pair:
+        """Spatial size of the output for an input of spatial ``size``.
+
+        Raises:
+          ValueError: the padded input is smaller than the window.
+        """
+        out = []
+        for n, k, s, (before, after) in zip(
+            size, self.size, self.strides, self.padding, strict=True
+        ):
+            padded = n + before + after
+            if padded < k:
+                raise ValueError(
+                    f"the window {self.size} is larger than the padded input "
+                    f"(size {size}, padding {self.padding})."
+                )
+            out.append((padded - k) // s + 1)
+        return out[0], out[1]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["lo", "value_range", "seed", "samples", "channels"],
+    meta_fields=["bits", "groups"],
+)
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """How a kernel turns the gradient ``g`` of the product's output into codes.
+
+    ``g`` has the shape ``[N, H', W', O]``. Only the kept samples and channels are read. The groups
+    that share a scale are ``groups``; the weights of the *other* axis are folded into ``g`` before
+    rounding, the weights of the groups' own axis multiply the result. With ``q`` the codes
+    (:mod:`fqt_jax.rounding`; the counter of an entry is its flat index in the whole of ``g``), the
+    quantized gradient of a kept entry in group ``i`` is ::
+
+        weight_i * (lo_i + q * value_range_i / (2^bits - 1))
+
+    Attributes:
+      lo: ``float32[kept groups]``, minimum of each kept group after folding.
+      value_range: ``float32[kept groups]``, its range, at least ``rounding.MIN_RANGE``.
+      seed: ``uint32[2]``.
+      samples: the samples kept; ``None`` for all, with weight one.
+      channels: the output channels kept; ``None`` for all, with weight one.
+      bits: width of a code, 1 to 8; static.
+      groups: ``"samples"`` or ``"channels"``; static.
+    """
+
+    lo: jax.Array
+    value_range: jax.Array
+    seed: jax.Array
+    samples: Selection | None
+    channels: Selection | None
+    bits: int
+    groups: GroupAxis
+
+
+class UnsupportedError(ValueError):
+    """An implementation cannot serve a case. The message says why."""
+
+
+def sum_dtype(n_terms: int) -> jnp.dtype:
+    """The integer type of a sum of ``n_terms`` signs: ``int16`` where it fits, else ``int32``."""
+    return jnp.dtype(jnp.int16 if n_terms <= 2**15 - 1 else jnp.int32)
+
+
+def check_forward(x: PackedBits, w: PackedBits, window: Window) -> None:
+    """Raises ``ValueError`` unless ``x`` and ``w`` are the operands of a convolution."""
+    if len(x.shape) != 3 or len(w.shape) != 4:
+        raise ValueError(
+            "x must hold samples of shape (H, W, C) and w be of shape (kh, kw, C, O); "
+            f"got {x.shape} and {w.shape}."
+        )
+    if w.shape[:2] != window.size:
+        raise ValueError(f"w of shape {w.shape} does not have the window size {window.size}.")
+    if x.shape[2] != w.shape[2]:
+        raise ValueError(f"x has {x.shape[2]} channels, but w takes {w.shape[2]}.")
+    if math.prod(w.shape[:3]) >= 2**24:
+        raise ValueError(f"sums of {math.prod(w.shape[:3])} products exceed 2^24.")
+    window.output_size((x.shape[0], x.shape[1]))
+
+
+def check_gradient(
+    g: jax.Array, n_samples: int, input_size: Pair, n_out: int, window: Window
+) -> None:
+    """Raises unless ``g`` is ``float32`` of the shape of the product's output."""
+    expected = (n_samples, *window.output_size(input_size), n_out)
+    if g.shape != expected:
+        raise ValueError(f"g must have the shape {expected} of the output; got {g.shape}.")
+    if g.dtype != jnp.float32:
+        raise TypeError(f"g must be float32; got {g.dtype}.")
+
+
+def check_rounding(rounding: Rounding | None, g: jax.Array, groups: tuple[GroupAxis, ...]) -> None:
+    """Raises ``ValueError`` unless ``rounding`` fits the gradient ``g``."""
+    if rounding is None:
+        return
+    if not 1 <= rounding.bits <= 8:
+        raise ValueError(f"bits must be from 1 to 8; got {rounding.bits}.")
+    if rounding.groups not in groups:
+        raise ValueError(f"groups must be one of {groups}; got {rounding.groups!r}.")
+    sizes = {"samples": g.shape[0], "channels": g.shape[3]}
+    for axis, size in sizes.items():
+        selection: Selection | None = getattr(rounding, axis)
+        if selection is None:
+            continue
+        if selection.size != size or selection.indices.shape[0] > size:
+            raise ValueError(
+                f"the selection of {axis} keeps {selection.indices.shape[0]} of {selection.size}, "
+                f"but g has {size}."
+            )
+        sizes[axis] = selection.indices.shape[0]
+    expected = (sizes[rounding.groups],)
+    if rounding.lo.shape != expected or rounding.value_range.shape != expected:
+        raise ValueError(
+            f"lo and value_range must have one entry for each kept group, {expected}; got "
+            f"{rounding.lo.shape} and {rounding.value_range.shape}."
+        )
+    if rounding.seed.shape != (2,) or rounding.seed.dtype != jnp.uint32:
+        raise ValueError(
+            f"seed must be uint32[2]; got {rounding.seed.dtype}{list(rounding.seed.shape)}."
+        )
