@@ -3,9 +3,14 @@
 from fqt_jax.binarize import PackedBits as PackedBits
 from fqt_jax.binarize import binarize as binarize
 from fqt_jax.binarize import weight_scale as weight_scale
+from fqt_jax.convert import Conversion as Conversion
+from fqt_jax.convert import ConversionTable as ConversionTable
+from fqt_jax.convert import quantize as quantize
 from fqt_jax.functional import conv as conv
 from fqt_jax.functional import dense as dense
 from fqt_jax.kernels import implementations as implementations
+from fqt_jax.layers import QuantConv as QuantConv
+from fqt_jax.layers import QuantLinear as QuantLinear
 from fqt_jax.pruning import Selection as Selection
 from fqt_jax.pruning import keep_probabilities as keep_probabilities
 from fqt_jax.pruning import prune as prune

@@ -1,0 +1,66 @@
+"""Ordinary NNX models, NHWC, that know nothing of quantization; see :func:`fqt_jax.quantize`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import nnx
+
+from fqt_jax.models.resnet import ResNet as ResNet
+from fqt_jax.models.resnet import ResNet18 as ResNet18
+from fqt_jax.models.resnet import ResNet34 as ResNet34
+from fqt_jax.models.vgg import VGG as VGG
+from fqt_jax.models.vgg import VGG11 as VGG11
+from fqt_jax.models.vgg import VGG13 as VGG13
+from fqt_jax.models.vgg import VGG16 as VGG16
+from fqt_jax.models.vgg import VGG19 as VGG19
+from fqt_jax.models.vgg import VGGSmall as VGGSmall
+
+MODELS: dict[str, Callable[..., Any]] = {
+    "vgg_small": VGGSmall,
+    "vgg11": VGG11,
+    "vgg13": VGG13,
+    "vgg16": VGG16,
+    "vgg19": VGG19,
+    "resnet18": ResNet18,
+    "resnet34": ResNet34,
+}
+"""The models by name."""
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int,
+    in_features: int = 3,
+    width: float = 1.0,
+    stem: str = "small",
+    rngs: nnx.Rngs,
+) -> Any:
+    """Builds a model by name.
+
+    Args:
+      name: one of :data:`MODELS`.
+      num_classes: size of the output.
+      in_features: channels of the images.
+      width: factor on the number of channels.
+      stem: of a ResNet, ``"small"`` or ``"imagenet"``; ignored by the VGGs, which have one form.
+      rngs: the stream ``params``.
+
+    Raises:
+      ValueError: the name is unknown, or a size is out of range.
+
+    Example:
+      >>> from flax import nnx
+      >>> from fqt_jax.models import create_model
+      >>> model = create_model("vgg_small", num_classes=10, in_features=1, rngs=nnx.Rngs(0))
+      >>> type(model).__name__
+      'VGG'
+    """
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}; known models: {', '.join(MODELS)}.")
+    options: dict[str, Any] = {"stem": stem} if name.startswith("resnet") else {}
+    return MODELS[name](
+        num_classes=num_classes, in_features=in_features, width=width, rngs=rngs, **options
+    )

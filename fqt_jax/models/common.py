@@ -1,0 +1,33 @@
+"""Pieces that the models share."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def scaled(channels: int, width: float) -> int:
+    """Number of channels at a width factor: at least 8, and a multiple of 8 unless ``width`` is 1.
+
+    Raises:
+      ValueError: ``width`` is not positive.
+    """
+    if not width > 0:
+        raise ValueError(f"width must be positive; got {width}.")
+    return channels if width == 1 else max(8, 8 * round(channels * width / 8))
+
+
+def max_pool(x: jax.Array, size: int) -> jax.Array:
+    """Max-pool over windows of ``size x size`` that do not overlap; a remainder is left out.
+
+    A reshape and a maximum, whose gradient costs far less on CPUs than that of a general window.
+    """
+    n, h, w, c = x.shape
+    x = x[:, : h - h % size, : w - w % size]
+    return jnp.max(x.reshape(n, h // size, size, w // size, size, c), axis=(2, 4))
+
+
+def avg_pool(x: jax.Array, size: int) -> jax.Array:
+    """Average over windows of ``size x size`` that do not overlap, smaller at the far edges."""
+    return nnx.avg_pool(x, (size, size), (size, size), padding="SAME", count_include_pad=False)

@@ -1,0 +1,123 @@
+"""ResNet with a block that suits binary convolutions (after He et al., arXiv 1512.03385)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fqt_jax.models.common import avg_pool, scaled
+
+
+class ResNet(nnx.Module):
+    """Residual blocks in which each convolution sees normalized input and a PReLU follows it.
+
+    A block computes ``prelu(conv(norm(.)))`` twice and adds the shortcut: the identity, or
+    average pooling, a 1x1 convolution and a norm where the shape changes. Normalizing before the
+    sign centres it, and the shortcut carries real values past it.
+
+    Args:
+      depths: number of blocks in each stage.
+      num_classes: size of the output.
+      in_features: channels of the images.
+      width: factor on the number of channels; 64, 128, 256, 512 at 1.
+      stem: ``"small"``, a 3x3 convolution, for images of 32x32 and the like, or ``"imagenet"``,
+        a 7x7 convolution of stride 2 and a max-pool, for 224x224.
+      rngs: the stream ``params``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from fqt_jax.models import ResNet
+      >>> model = ResNet((1, 1), num_classes=10, width=0.125, rngs=nnx.Rngs(0))
+      >>> model(jnp.zeros((2, 8, 8, 3))).shape
+      (2, 10)
+    """
+
+    def __init__(
+        self,
+        depths: Sequence[int],
+        *,
+        num_classes: int,
+        in_features: int = 3,
+        width: float = 1.0,
+        stem: str = "small",
+        rngs: nnx.Rngs,
+    ):
+        if stem not in ("small", "imagenet"):
+            raise ValueError(f"stem must be 'small' or 'imagenet'; got {stem!r}.")
+        channels = scaled(64, width)
+        size, stride = (3, 1) if stem == "small" else (7, 2)
+        padding = size // 2
+        self.stem_pool = stem == "imagenet"
+        self.stem = nnx.Conv(
+            in_features,
+            channels,
+            (size, size),
+            stride,
+            padding=padding,
+            use_bias=False,
+            rngs=rngs,
+        )
+        self.stem_norm = nnx.BatchNorm(channels, momentum=0.9, rngs=rngs)
+        self.stem_act = nnx.PReLU(0.25)
+        self.blocks = nnx.List()
+        for stage, depth in enumerate(depths):
+            out_features = scaled(64 * 2**stage, width)
+            for i in range(depth):
+                block_stride = 2 if stage > 0 and i == 0 else 1
+                self.blocks.append(_Block(channels, out_features, block_stride, rngs=rngs))
+                channels = out_features
+        self.head = nnx.Linear(channels, num_classes, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps images ``[N, H, W, C]`` to logits ``[N, num_classes]``."""
+        x = self.stem_act(self.stem_norm(self.stem(x)))
+        if self.stem_pool:
+            x = nnx.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(jnp.mean(x, axis=(1, 2)))
+
+
+class _Block(nnx.Module):
+    def __init__(self, in_features: int, out_features: int, stride: int, *, rngs: nnx.Rngs):
+        def conv(inputs: int, strides: int) -> nnx.Conv:
+            return nnx.Conv(
+                inputs, out_features, (3, 3), strides, padding=1, use_bias=False, rngs=rngs
+            )
+
+        self.norm1 = nnx.BatchNorm(in_features, momentum=0.9, rngs=rngs)
+        self.conv1 = conv(in_features, stride)
+        self.act1 = nnx.PReLU(0.25)
+        self.norm2 = nnx.BatchNorm(out_features, momentum=0.9, rngs=rngs)
+        self.conv2 = conv(out_features, 1)
+        self.act2 = nnx.PReLU(0.25)
+        reshapes = stride != 1 or in_features != out_features
+        self.shortcut = (
+            _Shortcut(in_features, out_features, stride, rngs=rngs) if reshapes else None
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.act1(self.conv1(self.norm1(x)))
+        y = self.act2(self.conv2(self.norm2(y)))
+        return y + (x if self.shortcut is None else self.shortcut(x))
+
+
+class _Shortcut(nnx.Module):
+    def __init__(self, in_features: int, out_features: int, stride: int, *, rngs: nnx.Rngs):
+        self.stride = stride
+        self.conv = nnx.Conv(in_features, out_features, (1, 1), use_bias=False, rngs=rngs)
+        self.norm = nnx.BatchNorm(out_features, momentum=0.9, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.stride > 1:
+            x = avg_pool(x, self.stride)
+        return self.norm(self.conv(x))
+
+
+ResNet18 = functools.partial(ResNet, (2, 2, 2, 2))
+ResNet34 = functools.partial(ResNet, (3, 4, 6, 3))
