@@ -131,7 +131,9 @@ def make_train_step(
     *,
     smoothing: float = 0.0,
     preprocess: Preprocess | None = None,
-) -> Callable[[TrainState, Images, jax.Array, jax.Array, jax.Array], TrainState]:
+) -> Callable[
+    [TrainState, Images, jax.Array, jax.Array, jax.Array], tuple[TrainState, jax.Array]
+]:
     """Builds the jitted training step.
 
     Args:
@@ -142,16 +144,16 @@ def make_train_step(
         normalization.
 
     Returns:
-      ``step(state, images, labels, indices, key) -> state``. ``images`` and ``labels`` are the
-      whole training set on the device, ``indices`` ``int32[batch]`` picks the batch, so that no
-      data cross from the host. ``key`` seeds preprocessing; it is folded with ``state.step``. The
-      state is donated: do not use it again.
+      ``step(state, images, labels, indices, key) -> (state, loss)``. ``images`` and ``labels`` are
+      the whole training set on the device, ``indices`` ``int32[batch]`` picks the batch, so that
+      no data cross from the host. ``key`` seeds preprocessing; it is folded with ``state.step``.
+      ``loss`` is the batch's mean. The state is donated: do not use it again.
     """
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(
         state: TrainState, images: Images, labels: jax.Array, indices: jax.Array, key: jax.Array
-    ) -> TrainState:
+    ) -> tuple[TrainState, jax.Array]:
         x, y = jnp.take(images, indices, axis=0), jnp.take(labels, indices, axis=0)
         if preprocess is not None:
             x = preprocess(x, jax.random.fold_in(key, state.step))
@@ -168,7 +170,8 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = _add(state.metrics, loss, logits, y, jnp.ones(y.shape, jnp.bool_))
-        return TrainState(params, others, opt_state, state.step + 1, metrics)
+        new = TrainState(params, others, opt_state, state.step + 1, metrics)
+        return new, loss / y.shape[0]
 
     return step
 

@@ -1,0 +1,56 @@
+"""The command line of the experiments: typed options in, one clear line out when they are wrong."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+import tyro
+
+from experiments.data import DataError
+from fqt_jax.checkpoints import CheckpointError
+
+Config = TypeVar("Config")
+
+INTERRUPTED = 130
+
+
+class UserError(Exception):
+    """Something the user can put right. The message is one line."""
+
+
+class Interrupted(Exception):
+    """The run was stopped by a signal, and saved. The message says how to resume."""
+
+
+def run(main: Callable[[Config], None], config_type: type[Config]) -> None:
+    """Parses the options, runs ``main`` and turns errors into one line and an exit status.
+
+    The status is 0 on success, 2 for bad input, 130 after an interruption. Set
+    ``FQT_JAX_TRACEBACK=1`` to see where an error came from.
+    """
+    config = tyro.cli(config_type, description=sys.modules["__main__"].__doc__)
+    if os.environ.get("FQT_JAX_TRACEBACK"):
+        main(config)
+        return
+    try:
+        main(config)
+    except Interrupted as stop:
+        print(f"\n{stop}", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}")
+    except (UserError, DataError, CheckpointError, ValueError, TypeError) as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> None:
+    line = " ".join(message.split())
+    print(f"error: {line}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,191 @@
+"""Options that the training experiments share, with their checks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any, Literal, TypeVar
+
+from experiments.cli import UserError
+from fqt_jax.models import MODELS
+from fqt_jax.recipe import (
+    Groups,
+    Importance,
+    Prune,
+    Recipe,
+    Sampler,
+    Scale,
+    recipe_by_name,
+)
+from fqt_jax.training import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """One training run. Where a field is left open, the default of its place holds."""
+
+    dataset: str = "digits"
+    """Data set: mnist5k and digits are embedded; cifar10, cifar100, oxford_flowers102,
+    oxford_iiit_pet, cars196 and caltech_birds2011 are read as prepared by tensorflow-datasets."""
+
+    model: str = "resnet18"
+    """Model: vgg_small, vgg11, vgg13, vgg16, vgg19, resnet18 or resnet34."""
+    width: float = 0.25
+    """Factor on the model's number of channels."""
+    stem: Literal["auto", "small", "imagenet"] = "auto"
+    """A ResNet's stem; auto: imagenet for images of 96 pixels and more."""
+
+    recipe: str = "fqt1"
+    """Recipe: full_precision, qat, psq1 or fqt1. The next eight change parts of it."""
+    bits: int | None = None
+    """Bits of a gradient code, 1 to 8."""
+    keep: float | None = None
+    """Fraction of the gradient's groups that is kept, in (0, 1]."""
+    sampler: Sampler | None = None
+    """How the kept groups are drawn."""
+    importance: Importance | None = None
+    """What a group's keep probability is proportional to."""
+    groups: Groups | None = None
+    """The entries that share one scale."""
+    prune: Prune | None = None
+    """What the weight gradient keeps."""
+    scale: Scale | None = None
+    """The weights' scale."""
+    clip: bool | None = None
+    """Whether the straight-through gradient is zero outside [-1, 1]."""
+
+    optimizer: str = "adam"
+    """adam, sgd, or any Optax optimizer that takes a learning rate."""
+    learning_rate: float | None = None
+    """Learning rate; the default is the paper's, 1e-5 (sgd: 1e-4) and 1e-3 for the head."""
+    head_learning_rate: float | None = None
+    """Learning rate of the head; as learning-rate where only that is given."""
+    weight_decay: float = 1e-5
+    """Weight decay, added to the gradient."""
+    momentum: float = 0.9
+    """Momentum of sgd."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Course of the learning rate over the run."""
+
+    epochs: int = 60
+    """Passes over the training data."""
+    batch_size: int = 128
+    """Images in a step."""
+    label_smoothing: float = 0.0
+    """Label smoothing, in [0, 1)."""
+    image_size: int | None = None
+    """Images are resized to this; the default is the data set's."""
+    flip: bool | None = None
+    """Random horizontal flips; the default is yes, but no for digits."""
+    pad: int | None = None
+    """Pad by this and crop at random; the default is an eighth of the image size, but 0 for digits."""
+    validation_fraction: float = 0.1
+    """Part of the training data held out for validation, in (0, 1)."""
+    limit: int | None = None
+    """Use at most this many training images."""
+    data_dir: pathlib.Path | None = None
+    """Where tensorflow-datasets keeps its data."""
+
+    seed: int = 0
+    """Decides initialization, order, augmentation and rounding."""
+    implementation: str | None = None
+    """The kernels' implementation; the default is the best that serves."""
+    out: pathlib.Path | None = None
+    """Run folder, which must not exist; the default is a new one under runs/."""
+    resume: pathlib.Path | None = None
+    """Continue the run in this folder, with the options it was started with."""
+
+    def __post_init__(self) -> None:
+        if self.model not in MODELS:
+            raise UserError(f"unknown model {self.model!r}; known models: {', '.join(MODELS)}.")
+        for name, lowest in (("epochs", 1), ("batch_size", 1), ("pad", 0), ("image_size", 1)):
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise UserError(f"{name} must be at least {lowest}; got {value}.")
+        if not 0 < self.validation_fraction < 1:
+            raise UserError(
+                f"validation_fraction must be in (0, 1); got {self.validation_fraction}."
+            )
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"label_smoothing must be in [0, 1); got {self.label_smoothing}.")
+        if not self.width > 0:
+            raise UserError(f"width must be positive; got {self.width}.")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed must be from 0 to 2^32 - 1; got {self.seed}.")
+        if self.out is not None and self.resume is not None:
+            raise UserError("give either out, for a new run, or resume, for one that exists.")
+
+    def build_recipe(self) -> Recipe:
+        """The named recipe with the parts that were changed."""
+        recipe = recipe_by_name(self.recipe)
+        changes = _given(self, ("prune", "scale", "clip"))
+        of_gradient = _given(self, ("bits", "keep", "sampler", "importance", "groups"))
+        if of_gradient:
+            if recipe.gradient is None:
+                raise UserError(
+                    f"the recipe {self.recipe!r} does not quantize gradients: "
+                    f"{', '.join(of_gradient)} cannot be set."
+                )
+            changes["gradient"] = dataclasses.replace(recipe.gradient, **of_gradient)
+        return dataclasses.replace(recipe, **changes)
+
+    def build_optimizer(self) -> OptimizerConfig:
+        """The optimizer's configuration."""
+        return OptimizerConfig(
+            name=self.optimizer,
+            learning_rate=self.learning_rate,
+            head_learning_rate=self.head_learning_rate,
+            weight_decay=self.weight_decay,
+            momentum=self.momentum,
+            schedule=self.schedule,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The options as JSON values, without those that say where the run is kept."""
+        values = dataclasses.asdict(self)
+        for name in ("out", "resume"):
+            values.pop(name)
+        return {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in values.items()}
+
+
+def _given(config: RunConfig, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+
+
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
+
+
+def read_config(given: ConfigT, folder: pathlib.Path) -> ConfigT:
+    """The options that the run in a folder was started with.
+
+    Args:
+      given: the options of this call; those that differ from the defaults must agree with the run.
+      folder: the run's folder.
+
+    Raises:
+      UserError: the folder is not that of a run, its configuration is damaged or of another
+        experiment, or an option was given that differs from it.
+    """
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text())
+        for name in ("data_dir", "checkpoint", "cache"):
+            if values.get(name) is not None:
+                values[name] = pathlib.Path(values[name])
+        saved = type(given)(**values)
+    except FileNotFoundError:
+        raise UserError(f"{folder} is not a run: it has no config.json.") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged or of another experiment: {error}") from None
+    for field in dataclasses.fields(given):
+        value = getattr(given, field.name)
+        if field.name not in ("out", "resume") and value not in (
+            field.default,
+            getattr(saved, field.name),
+        ):
+            raise UserError(
+                f"{field.name} is {getattr(saved, field.name)} in the run {folder}; it cannot be "
+                f"changed to {value} on resuming."
+            )
+    return saved

@@ -1,0 +1,106 @@
+"""Fine-tunes a model with 1-bit weights, activations and gradients.
+
+    python -m experiments.finetune --dataset digits --model resnet18 --recipe fqt1
+
+Starts from a checkpoint of experiments.pretrain. Where none is given, it pretrains on mnist5k
+once and keeps the result for later runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+
+from experiments import cli, reporting, runner
+from experiments.config import RunConfig, read_config
+from experiments.data import Dataset
+from experiments.pretrain import PretrainConfig
+from fqt_jax.checkpoints import latest_checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig(RunConfig):
+    """Fine-tuning, by default with the paper's optimizer, rates and number of epochs."""
+
+    checkpoint: pathlib.Path | None = None
+    """Start from this: the folder of a run, or a checkpoint in it."""
+    from_scratch: bool = False
+    """Start from random values."""
+    pretrain_epochs: int = 8
+    """Epochs of pretraining on mnist5k where no checkpoint is given."""
+    cache: pathlib.Path = pathlib.Path("runs/pretrained")
+    """Where such pretrained models are kept."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.checkpoint is not None and self.from_scratch:
+            raise cli.UserError("give either checkpoint or from-scratch.")
+        if self.pretrain_epochs < 1:
+            raise cli.UserError(f"pretrain_epochs must be at least 1; got {self.pretrain_epochs}.")
+
+
+def main(config: FinetuneConfig) -> None:
+    """Runs the experiment."""
+    folder = config.resume
+    if folder is not None:
+        config = read_config(config, folder)
+    dataset = runner.load_dataset(config)
+    resumable = folder is not None and latest_checkpoint(folder / "checkpoints") is not None
+    start = None if resumable else starting_point(config, dataset)
+    task = runner.build_task(config, dataset, start)
+    folder = folder or runner.new_folder(config, "finetune")
+    runner.write_config(config, folder)
+    print(task.table)
+    summary = runner.train(config, task, folder, "finetune")
+    reporting.print_summary(summary, folder)
+
+
+def starting_point(config: FinetuneConfig, dataset: Dataset) -> pathlib.Path | None:
+    """The checkpoint to start from; pretrains where there is none yet."""
+    if config.from_scratch:
+        return None
+    if config.checkpoint is not None:
+        return latest_checkpoint(config.checkpoint / "checkpoints") or config.checkpoint
+    if dataset.channels != 1:
+        raise cli.UserError(
+            f"{config.dataset} has colour images and the embedded mnist5k has none: give a "
+            "--checkpoint, or --from-scratch."
+        )
+    return _pretrained(config, dataset)
+
+
+def _pretrained(config: FinetuneConfig, dataset: Dataset) -> pathlib.Path:
+    """A model pretrained on mnist5k, from the cache or made now; a broken-off one is continued."""
+    options = PretrainConfig(
+        model=config.model,
+        width=config.width,
+        stem=config.stem,
+        scale=config.scale,
+        clip=config.clip,
+        epochs=config.pretrain_epochs,
+        image_size=dataset.image_size[0],
+        seed=config.seed,
+        implementation=config.implementation,
+    )
+    digest = hashlib.sha256(json.dumps(options.to_json(), sort_keys=True).encode()).hexdigest()
+    folder = config.cache / f"{config.model}-mnist5k-{digest[:12]}"
+    if (folder / "summary.json").exists():
+        found = latest_checkpoint(folder / "checkpoints")
+        if found is not None:
+            print(f"starting from the pretrained model in {folder}")
+            return found
+    print(f"pretraining on mnist5k once; the result is kept in {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    runner.write_config(options, folder)
+    task = runner.build_task(options, runner.load_dataset(options), None)
+    reporting.print_summary(runner.train(options, task, folder, "pretrain"), folder)
+    found = latest_checkpoint(folder / "checkpoints")
+    if found is None:
+        raise cli.UserError(f"the pretrained model in {folder} has lost its checkpoint: remove it.")
+    return found
+
+
+if __name__ == "__main__":
+    cli.run(main, FinetuneConfig)

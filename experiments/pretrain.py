@@ -1,0 +1,41 @@
+"""Pretrains a binary model with float gradients (QAT) and saves its checkpoint.
+
+    python -m experiments.pretrain --dataset mnist5k --model resnet18 --out runs/pretrained
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from experiments import cli, reporting, runner
+from experiments.config import RunConfig, read_config
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig(RunConfig):
+    """Pretraining: quantization-aware, from random values."""
+
+    dataset: str = "mnist5k"
+    """Data set, as for experiments.finetune."""
+    recipe: str = "qat"
+    """Recipe: full_precision, qat, psq1 or fqt1. The next eight change parts of it."""
+    learning_rate: float | None = 2e-3
+    """Learning rate."""
+    epochs: int = 8
+    """Passes over the training data."""
+
+
+def main(config: PretrainConfig) -> None:
+    """Runs the experiment."""
+    folder = config.resume
+    if folder is not None:
+        config = read_config(config, folder)
+    task = runner.build_task(config, runner.load_dataset(config), None)
+    folder = folder or runner.new_folder(config, "pretrain")
+    runner.write_config(config, folder)
+    summary = runner.train(config, task, folder, "pretrain")
+    reporting.print_summary(summary, folder)
+
+
+if __name__ == "__main__":
+    cli.run(main, PretrainConfig)

@@ -1,0 +1,135 @@
+"""What a run shows: progress while it trains, a summary and a picture of its curves."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+import time
+from typing import Any
+
+import rich.console
+import rich.progress
+import rich.table
+
+
+class Progress:
+    """A progress bar on a terminal; elsewhere only the plain line that ends each epoch."""
+
+    def __init__(self, total_steps: int):
+        self._total = total_steps
+        self._rate = _Rate()
+        self._bar: rich.progress.Progress | None = None
+        self._task: rich.progress.TaskID | None = None
+        if sys.stdout.isatty():
+            self._bar = rich.progress.Progress(
+                rich.progress.TextColumn("epoch {task.fields[epoch]}"),
+                rich.progress.BarColumn(),
+                rich.progress.MofNCompleteColumn(),
+                rich.progress.TextColumn(
+                    "loss {task.fields[loss]:.3f}  accuracy {task.fields[accuracy]}  "
+                    "{task.fields[rate]:.0f} images/s"
+                ),
+                rich.progress.TimeRemainingColumn(),
+            )
+
+    def __enter__(self) -> Progress:
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task(
+                "", total=self._total, epoch=1, loss=float("nan"), accuracy="-", rate=0.0
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def step(self, done: int, epoch: int, loss: float, images: int) -> None:
+        """Reports that ``done`` steps were dispatched, and the loss of a recent one."""
+        self._rate.add(images)
+        if self._bar is not None and self._task is not None:
+            self._bar.update(
+                self._task, completed=done, epoch=epoch + 1, loss=loss, rate=self._rate.value()
+            )
+
+    def epoch(self, line: dict[str, Any], epochs: int) -> None:
+        """Reports the end of an epoch."""
+        if self._bar is not None and self._task is not None:
+            accuracy = f"{line['validation_accuracy']:.1%}"
+            self._bar.update(self._task, completed=line["step"], accuracy=accuracy)
+            return
+        print(
+            f"epoch {line['epoch']}/{epochs}: loss {line['train_loss']:.4f}, "
+            f"training accuracy {line['train_accuracy']:.1%}, "
+            f"validation accuracy {line['validation_accuracy']:.1%}, "
+            f"{self._rate.value():.0f} images/s",
+            flush=True,
+        )
+
+
+class _Rate:
+    """Images a second, as a moving average over some ten steps; the first step compiles."""
+
+    def __init__(self) -> None:
+        self._last: float | None = None
+        self._seconds_per_image: float | None = None
+
+    def add(self, images: int) -> None:
+        now = time.perf_counter()
+        if self._last is not None:
+            seconds = (now - self._last) / images
+            old = self._seconds_per_image
+            self._seconds_per_image = seconds if old is None else 0.9 * old + 0.1 * seconds
+        self._last = now
+
+    def value(self) -> float:
+        return 1 / self._seconds_per_image if self._seconds_per_image else 0.0
+
+
+def print_summary(summary: dict[str, Any], folder: pathlib.Path) -> None:
+    """Prints what a run came to."""
+    table = rich.table.Table(show_header=False, box=None, pad_edge=False)
+    for name in ("dataset", "model", "recipe", "optimizer", "start", "epochs"):
+        table.add_row(name, str(summary[name]))
+    table.add_row("parameters", f"{summary['parameters']:,}")
+    table.add_row("validation accuracy", f"{summary['validation_accuracy']:.2%}")
+    table.add_row(
+        "test accuracy", f"{summary['test_accuracy']:.2%} of {summary['test_images']} images"
+    )
+    table.add_row("seconds", str(summary["seconds"]))
+    table.add_row("written to", str(folder))
+    rich.console.Console(highlight=False, soft_wrap=True).print(table)
+
+
+def plot_curves(
+    history: list[dict[str, Any]], summary: dict[str, Any] | None, path: pathlib.Path
+) -> None:
+    """Draws loss and accuracy over the epochs; with a summary, the test accuracy too."""
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure(figsize=(9, 3.4), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    epochs = [line["epoch"] for line in history]
+    marker = "o" if len(epochs) < 20 else ""
+    for name, label in (("train", "training"), ("validation", "validation")):
+        losses = [line[f"{name}_loss"] for line in history]
+        accuracies = [100 * line[f"{name}_accuracy"] for line in history]
+        loss.plot(epochs, losses, label=label, marker=marker, markersize=3)
+        accuracy.plot(epochs, accuracies, label=label, marker=marker, markersize=3)
+    loss.set(xlabel="epoch", ylabel="cross-entropy (nats)")
+    accuracy.set(xlabel="epoch", ylabel="accuracy (%)")
+    if summary is not None:
+        test = 100 * summary["test_accuracy"]
+        accuracy.axhline(
+            test, color="black", linestyle=":", linewidth=1, label=f"test, at the end: {test:.1f}"
+        )
+        figure.suptitle(
+            f"{summary['dataset']}, {summary['model']} x{summary['width']:g}, "
+            f"{summary['recipe']}, {summary['optimizer']}, seed {summary['seed']}",
+            fontsize=10,
+        )
+    for axes in (loss, accuracy):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.savefig(path, dpi=130)
