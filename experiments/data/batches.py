@@ -1,0 +1,48 @@
+"""The order of training examples, as a function of the epoch alone."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from experiments.data.dataset import DataError
+
+
+def epoch_order(n: int, batch_size: int, seed: int, epoch: int) -> np.ndarray:
+    """Indices of an epoch's batches, the same whenever and wherever they are asked for.
+
+    A run that resumes in epoch 7 sees the examples it would have seen without the pause. The
+    permutation sorts raw words of PCG64, a stream NumPy promises never to change, unlike that of
+    ``Generator.permutation``.
+
+    Args:
+      n: number of examples.
+      batch_size: examples in a batch; the ``n % batch_size`` last ones of the permutation are
+        left out of this epoch.
+      seed: of the run, not negative.
+      epoch: counted from 0.
+
+    Returns:
+      int32 ``[n // batch_size, batch_size]``, all entries distinct and in ``[0, n)``.
+
+    Raises:
+      DataError: fewer examples than one batch, or a negative seed or epoch.
+
+    Example:
+      >>> epoch_order(10, 4, seed=0, epoch=0).shape
+      (2, 4)
+      >>> epoch_order(3, 4, seed=0, epoch=0)
+      Traceback (most recent call last):
+        ...
+      experiments.data.dataset.DataError: batch_size must lie between 1 and the number of examples,
+        3; got 4.
+    """
+    if not 1 <= batch_size <= n:
+        raise DataError(
+            f"batch_size must lie between 1 and the number of examples, {n}; got {batch_size}."
+        )
+    if seed < 0 or epoch < 0:
+        raise DataError(f"seed and epoch must not be negative; got {seed} and {epoch}.")
+    words = np.random.PCG64([seed, epoch]).random_raw(n)
+    steps = n // batch_size
+    order = np.argsort(words, kind="stable")[: steps * batch_size]
+    return order.astype(np.int32).reshape(steps, batch_size)

