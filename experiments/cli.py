@@ -31,12 +31,18 @@ def run(main: Callable[[Config], None], config_type: type[Config]) -> None:
     The status is 0 on success, 2 for bad input, 130 after an interruption. Set
     ``FQT_JAX_TRACEBACK=1`` to see where an error came from.
     """
-    config = tyro.cli(config_type, description=sys.modules["__main__"].__doc__)
+    module = sys.modules["__main__"]
+    name = getattr(module.__spec__, "name", None)
+
+    def go() -> None:
+        prog = f"python -m {name}" if name else None
+        main(tyro.cli(config_type, prog=prog, description=module.__doc__))
+
     if os.environ.get("FQT_JAX_TRACEBACK"):
-        main(config)
+        go()
         return
     try:
-        main(config)
+        go()
     except Interrupted as stop:
         print(f"\n{stop}", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None

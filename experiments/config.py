@@ -79,7 +79,7 @@ class RunConfig:
     flip: bool | None = None
     """Random horizontal flips; the default is yes, but no for digits."""
     pad: int | None = None
-    """Pad by this and crop at random; the default is an eighth of the image size, but 0 for digits."""
+    """Pad by this and crop at random; the default is an eighth of the image, but 0 for digits."""
     validation_fraction: float = 0.1
     """Part of the training data held out for validation, in (0, 1)."""
     limit: int | None = None

@@ -1,6 +1,6 @@
 """Pretrains a binary model with float gradients (QAT) and saves its checkpoint.
 
-    python -m experiments.pretrain --dataset mnist5k --model resnet18 --out runs/pretrained
+python -m experiments.pretrain --dataset mnist5k --model resnet18 --out runs/pretrained
 """
 
 from __future__ import annotations

@@ -7,9 +7,7 @@ import sys
 import time
 from typing import Any
 
-import rich.console
 import rich.progress
-import rich.table
 
 
 class Progress:
@@ -88,17 +86,15 @@ class _Rate:
 
 def print_summary(summary: dict[str, Any], folder: pathlib.Path) -> None:
     """Prints what a run came to."""
-    table = rich.table.Table(show_header=False, box=None, pad_edge=False)
-    for name in ("dataset", "model", "recipe", "optimizer", "start", "epochs"):
-        table.add_row(name, str(summary[name]))
-    table.add_row("parameters", f"{summary['parameters']:,}")
-    table.add_row("validation accuracy", f"{summary['validation_accuracy']:.2%}")
-    table.add_row(
-        "test accuracy", f"{summary['test_accuracy']:.2%} of {summary['test_images']} images"
-    )
-    table.add_row("seconds", str(summary["seconds"]))
-    table.add_row("written to", str(folder))
-    rich.console.Console(highlight=False, soft_wrap=True).print(table)
+    rows = {name: summary[name] for name in ("dataset", "model", "recipe", "optimizer", "start")}
+    rows["epochs"] = summary["epochs"]
+    rows["parameters"] = f"{summary['parameters']:,}"
+    rows["validation accuracy"] = f"{summary['validation_accuracy']:.2%}"
+    rows["test accuracy"] = f"{summary['test_accuracy']:.2%} of {summary['test_images']} images"
+    rows["seconds"] = summary["seconds"]
+    rows["written to"] = folder
+    for name, value in rows.items():
+        print(f"{name:<20} {value}")
 
 
 def plot_curves(

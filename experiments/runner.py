@@ -36,7 +36,6 @@ from fqt_jax.kernels import check_implementation
 from fqt_jax.models import create_model
 from fqt_jax.training import (
     Metrics,
-    TrainState,
     create_state,
     make_eval_step,
     make_train_step,

@@ -131,9 +131,7 @@ def make_train_step(
     *,
     smoothing: float = 0.0,
     preprocess: Preprocess | None = None,
-) -> Callable[
-    [TrainState, Images, jax.Array, jax.Array, jax.Array], tuple[TrainState, jax.Array]
-]:
+) -> Callable[[TrainState, Images, jax.Array, jax.Array, jax.Array], tuple[TrainState, jax.Array]]:
     """Builds the jitted training step.
 
     Args:

@@ -1,0 +1,152 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import fqt_jax as fqt
+from fqt_jax.models import ResNet, VGGSmall
+
+
+@pytest.fixture(autouse=True)
+def _as_flax_computes():
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def resnet(seed: int = 0) -> ResNet:
+    return ResNet((1, 1), num_classes=3, width=0.125, rngs=nnx.Rngs(seed))
+
+
+def recipes(table: fqt.ConversionTable) -> dict[str, fqt.Recipe]:
+    return {layer.path: layer.recipe for layer in table}
+
+
+def test_defaults_leave_the_first_layer_shortcuts_and_classifier_float():
+    model, table = fqt.quantize(resnet(), fqt.FQT1)
+    assert recipes(table) == {
+        "stem": fqt.FULL_PRECISION,
+        "blocks/0/conv1": fqt.FQT1,
+        "blocks/0/conv2": fqt.FQT1,
+        "blocks/1/conv1": fqt.FQT1,
+        "blocks/1/conv2": fqt.FQT1,
+        "blocks/1/shortcut/conv": fqt.FULL_PRECISION,
+        "head": fqt.FULL_PRECISION,
+    }
+    assert isinstance(model.blocks[0].conv1, fqt.QuantConv)
+    assert model.blocks[0].conv1.recipe == fqt.FQT1
+    assert "blocks/1/shortcut/conv" in str(table)
+
+
+def test_the_first_layer_is_the_first_defined_not_the_first_by_name():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.zebra = nnx.Conv(1, 2, (3, 3), rngs=rngs)
+            self.ant = nnx.Conv(2, 2, (3, 3), rngs=rngs)
+
+    _, table = fqt.quantize(Model(nnx.Rngs(0)), fqt.QAT)
+    assert recipes(table) == {"zebra": fqt.FULL_PRECISION, "ant": fqt.QAT}
+
+
+def test_the_first_rule_that_matches_wins_and_overrides_defaults():
+    rules = [("blocks/0/.*", fqt.QAT), (r"blocks/\d/conv1", fqt.PSQ1), ("head", fqt.FQT1)]
+    model, table = fqt.quantize(resnet(), fqt.FQT1, rules)
+    got = recipes(table)
+    assert got["blocks/0/conv1"] == got["blocks/0/conv2"] == fqt.QAT
+    assert got["blocks/1/conv1"] == fqt.PSQ1
+    assert got["blocks/1/conv2"] == got["head"] == fqt.FQT1
+    assert isinstance(model.head, fqt.QuantLinear)
+
+
+def test_the_original_stays_as_it_was():
+    model = resnet()
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+    model.eval()
+    before = model(x)
+    quantized, _ = fqt.quantize(model, fqt.QAT)
+    quantized.blocks[0].conv1.kernel[...] = jnp.zeros_like(quantized.blocks[0].conv1.kernel[...])
+    assert type(model.blocks[0].conv1) is nnx.Conv
+    np.testing.assert_array_equal(model(x), before)
+
+
+def test_full_precision_computes_what_the_float_model_does():
+    model = VGGSmall(num_classes=3, width=0.25, rngs=nnx.Rngs(0))
+    same, _ = fqt.quantize(model, fqt.FULL_PRECISION)
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+    for m in (model, same):
+        m.eval()
+    np.testing.assert_allclose(same(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_float_parameters_load_into_the_quantized_model_and_back():
+    source, target = resnet(1), resnet(2)
+    quantized, _ = fqt.quantize(target, fqt.FQT1)
+    parameters = nnx.state(source, (nnx.Param, nnx.BatchStat))
+    nnx.update(quantized, parameters)
+    nnx.update(target, nnx.state(quantized, (nnx.Param, nnx.BatchStat)))
+    for a, b in zip(
+        jax.tree.leaves(nnx.state(source)), jax.tree.leaves(nnx.state(target)), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_converted_model_trains_a_step_in_every_layer():
+    model, _ = fqt.quantize(resnet(), fqt.FQT1)
+    x = jax.random.normal(jax.random.key(0), (8, 8, 8, 3))
+    grads = nnx.grad(lambda m: (m(x) ** 2).sum())(model)
+    for leaf in jax.tree.leaves(grads):
+        assert np.isfinite(leaf).all()
+        assert np.abs(leaf).max() > 0
+
+
+class Special(nnx.Conv):
+    pass
+
+
+def one_conv(**options):
+    kind = options.pop("kind", nnx.Conv)
+    size = options.pop("size", (3, 3))
+    rngs = nnx.Rngs(0)
+    return nnx.Sequential(nnx.Conv(4, 4, (3, 3), rngs=rngs), kind(4, 4, size, rngs=rngs, **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"feature_group_count": 2}, "grouped"),
+        ({"kernel_dilation": 2}, "dilated"),
+        ({"input_dilation": (2, 1)}, "dilated"),
+        ({"padding": "CIRCULAR"}, "CIRCULAR"),
+        ({"mask": jnp.ones((3, 3, 4, 4))}, "masked"),
+        ({"size": (3,)}, "1-dimensional"),
+        ({"dtype": jnp.bfloat16}, "float32"),
+        ({"kind": Special}, "subclass"),
+    ],
+)
+def test_layers_that_cannot_be_quantized_are_refused_unless_kept_float(options, reason):
+    model = one_conv(**options)
+    with pytest.raises(ValueError, match=rf"layers/1 cannot be quantized: .*{reason}"):
+        fqt.quantize(model, fqt.QAT)
+    rules = [("layers/0", fqt.QAT), ("layers/1", fqt.FULL_PRECISION)]
+    kept, _ = fqt.quantize(model, fqt.QAT, rules)
+    assert type(kept.layers[1]) is type(model.layers[1])
+
+
+@pytest.mark.parametrize(
+    ("rules", "error", "message"),
+    [
+        ([("conv9", fqt.QAT)], ValueError, "'conv9' matches no layer. Layers: stem, "),
+        ([("conv1", fqt.QAT)], ValueError, "matches no layer"),  # whole paths, not parts
+        ([("(", fqt.QAT)], ValueError, "malformed"),
+        ([("stem", "qat")], TypeError, "must give a Recipe"),
+        ([(".*", fqt.FULL_PRECISION)], ValueError, "leave every layer in full precision"),
+    ],
+)
+def test_bad_rules_are_named(rules, error, message):
+    with pytest.raises(error, match=message):
+        fqt.quantize(resnet(), fqt.FQT1, rules)
+
+
+def test_a_model_without_layers_is_an_error():
+    with pytest.raises(ValueError, match=r"no nnx\.Conv and no nnx\.Linear"):
+        fqt.quantize(nnx.Sequential(nnx.relu), fqt.FQT1)

@@ -1,0 +1,89 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import fqt_jax as fqt
+
+
+def test_parameters_have_the_names_and_shapes_of_the_float_layers():
+    rngs = nnx.Rngs(0)
+    pairs = [
+        (nnx.Conv(3, 5, (3, 2), rngs=rngs), fqt.QuantConv(3, 5, (3, 2), rngs=rngs)),
+        (nnx.Linear(3, 5, rngs=rngs), fqt.QuantLinear(3, 5, rngs=rngs)),
+    ]
+    for ours, theirs in ((b, a) for a, b in pairs):
+        shapes = [
+            jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.state(m, nnx.Param)))
+            for m in (ours, theirs)
+        ]
+        assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("strides", [1, 2])
+@pytest.mark.parametrize("padding", ["SAME", "VALID", 1, ((1, 0), (2, 1))])
+def test_a_full_precision_layer_equals_flax(strides, padding):
+    theirs = nnx.Conv(4, 6, (3, 3), strides, padding=padding, rngs=nnx.Rngs(0))
+    ours = fqt.QuantConv(
+        4, 6, 3, strides, padding=padding, recipe=fqt.FULL_PRECISION, rngs=nnx.Rngs(1)
+    )
+    nnx.update(ours, nnx.state(theirs))
+    x = jax.random.normal(jax.random.key(0), (2, 7, 9, 4))
+    with jax.numpy_rank_promotion("allow"):
+        np.testing.assert_allclose(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+
+
+def test_each_call_rounds_anew_and_the_state_carries_the_stream():
+    layer = fqt.QuantLinear(8, 16, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (32, 8))
+    dy = jax.random.normal(jax.random.key(1), (32, 16))
+    graphdef, state = nnx.split(layer)
+
+    @jax.jit
+    def step(state):
+        layer = nnx.merge(graphdef, state, copy=True)
+        _, vjp = jax.vjp(lambda x: nnx.merge(graphdef, state, copy=True)(x), x)
+        layer(x)
+        return vjp(dy)[0], nnx.state(layer)
+
+    first, after_one = step(state)
+    again, _ = step(state)
+    second, _ = step(after_one)
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, second)
+
+
+def test_leading_axes_are_the_batch():
+    layer = fqt.QuantConv(4, 4, 3, recipe=fqt.QAT, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, 3, 5, 5, 4))
+    expected = jnp.stack([layer(x[0]), layer(x[1])])
+    np.testing.assert_array_equal(layer(x), expected)
+    np.testing.assert_array_equal(layer(x[0, 0]), expected[0, 0])
+
+
+def test_the_learned_scale_is_a_parameter_that_starts_at_the_mean_of_the_weights():
+    recipe = dataclasses.replace(fqt.QAT, scale="learned")
+    layer = fqt.QuantLinear(6, 3, recipe=recipe, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(layer.scale[...], jnp.abs(layer.kernel[...]).mean(0), rtol=1e-6)
+    grads = nnx.grad(lambda m: m(jnp.ones((4, 6))).sum())(layer)
+    assert float(jnp.abs(grads.scale[...]).min()) > 0
+
+
+def test_recipes_without_randomness_keep_no_stream():
+    assert not nnx.state(fqt.QuantLinear(2, 2, recipe=fqt.QAT, rngs=nnx.Rngs(0)), nnx.RngState)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda r: fqt.QuantConv(0, 4, 3, rngs=r), "must be positive"),
+        (lambda r: fqt.QuantConv(4, 4, (3, 3, 3), rngs=r), "one or two numbers"),
+        (lambda r: fqt.QuantLinear(4, 4, implementation="cuda", rngs=r), "unknown implementation"),
+    ],
+)
+def test_bad_arguments_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make(nnx.Rngs(0))
