@@ -21,7 +21,7 @@ import numpy as np
 
 from experiments.data.dataset import DataError, import_extra
 from experiments.data.images import decode_rgb, parallel_map
-from experiments.data.splits import Source, content_key
+from experiments.data.splits import TEST_SEED, Source, content_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,5 +195,8 @@ def sources(
                 raise DataError(
                     f"no split {split!r} among {', '.join(sorted(builder.info.splits))}."
                 )
-    train, test, *rest = [_source(builder, split, image_size, seed) for split in splits]
+    train, test, *rest = [
+        _source(builder, split, image_size, TEST_SEED if split == "test" else seed)
+        for split in splits
+    ]
     return train, test, rest[0] if rest else None

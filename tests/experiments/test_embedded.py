@@ -59,7 +59,7 @@ def test_splits_hold_the_classes_in_proportion(data):
 def test_loading_is_deterministic_and_seed_moves_only_validation(data):
     again, other = load(data.name), load(data.name, seed=1)
     assert all(map(same, splits(data), splits(again)))
-    assert sorted(contents(other.test)) == sorted(contents(data.test))
+    assert same(other.test, data.test)
     assert set(contents(other.validation)) != set(contents(data.validation))
     assert sorted(contents(other.train) + contents(other.validation)) == sorted(
         contents(data.train) + contents(data.validation)

@@ -213,6 +213,13 @@ def test_a_limit_takes_prefixes_and_holds_out_the_same(data_dir):
         assert np.bincount(getattr(part, field).labels).tolist() == [2] * 5
 
 
+def test_the_seed_moves_only_validation(data_dir):
+    first, second = (load("cifar10", data_dir=data_dir, seed=seed) for seed in (0, 1))
+    np.testing.assert_array_equal(first.test.images, second.test.images)
+    assert loaded(first.validation) != loaded(second.validation)
+    assert loaded(first.train, first.validation) == loaded(second.train, second.validation)
+
+
 def test_files_in_another_order_give_the_same_splits(data_dir, tmp_path):
     prepare(
         tmp_path,
