@@ -48,7 +48,7 @@ def load(
 
     Validation data are held out of the training split, each class in proportion. Which examples
     are held out follows from their content and ``seed`` alone, not from ``limit`` or from the
-    order in which files hold them. The test split depends on none of the arguments but ``limit``.
+    order in which files hold them. The test split depends on ``image_size`` and ``limit`` alone.
 
     =====================  =======  =============  ========  ======  =======
     name                   classes  size           training  test    from

@@ -148,8 +148,7 @@ class Dataset:
 def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of each channel.
 
-    Sums are exact integers and the division is in float64: a float32 accumulator would be off by
-    whole grey levels on millions of pixels.
+    Grey levels are counted, so that the sums are exact integers and the rest is in float64.
 
     Args:
       images: uint8 ``[N, H, W, C]``.
@@ -162,16 +161,14 @@ def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
       >>> channel_statistics(np.array([0, 2, 5, 5], np.uint8).reshape(2, 1, 1, 2))
       (array([2.5, 3.5], dtype=float32), array([2.5, 1.5], dtype=float32))
     """
-    channels = images.shape[-1]
-    total = np.zeros(channels, np.uint64)
-    squares = np.zeros(channels, np.uint64)
-    for start in range(0, len(images), 256):  # in pieces, so that squares stay small in memory
-        piece = images[start : start + 256].reshape(-1, channels).astype(np.uint32)
-        total += piece.sum(0, dtype=np.uint64)
-        squares += np.square(piece).sum(0, dtype=np.uint64)
-    count = images.size // channels
-    mean = total.astype(np.float64) / count
-    variance = np.maximum(squares.astype(np.float64) / count - np.square(mean), 0)
-    constant = variance < 1e-6
-    std = np.where(constant, 1.0, np.sqrt(variance))
+    counts = np.zeros((images.shape[-1], 256), np.int64)
+    for start in range(0, len(images), 64):  # in pieces: bincount widens what it is given
+        for channel, histogram in enumerate(counts):
+            piece = images[start : start + 64, ..., channel]
+            histogram += np.bincount(piece.ravel(), minlength=256)
+    levels = np.arange(256)
+    pixels = images.size // images.shape[-1]
+    mean = counts @ levels / pixels
+    variance = (counts * np.square(levels - mean[:, None])).sum(1) / pixels
+    std = np.where(np.count_nonzero(counts, axis=1) == 1, 1.0, np.sqrt(variance))
     return mean.astype(np.float32), std.astype(np.float32)

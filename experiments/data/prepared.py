@@ -21,7 +21,7 @@ import numpy as np
 
 from experiments.data.dataset import DataError, import_extra
 from experiments.data.images import decode_rgb, parallel_map
-from experiments.data.splits import Source, content_key
+from experiments.data.splits import TEST_SEED, Source, content_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,10 +140,10 @@ def _source(builder: Any, split: str, image_size: tuple[int, int], seed: int) ->
             raise DataError(f"it has {len(images)} encoded images and {len(labels)} labels.")
         return images[0], labels[0]
 
-    def label_and_key(index: int) -> tuple[int, int]:
+    def label_and_key(index: int) -> tuple[np.int32, int]:
         with _reading(f"{where}, record {index}"):
             image, label = example(index)
-            return label, content_key(image, seed)
+            return np.int32(label), content_key(image, seed)
 
     def decode(indices: np.ndarray) -> np.ndarray:
         images = np.empty((len(indices), *image_size, 3), np.uint8)
@@ -185,13 +185,18 @@ def sources(
         features = builder.info.features
         for key in ("image", "label"):
             if key not in features:
-                raise DataError(f"no feature {key!r} among {', '.join(features)}.")
+                raise DataError(f"no feature {key!r} among {', '.join(sorted(features))}.")
         num_classes = getattr(features["label"], "num_classes", None)
         if num_classes != spec.num_classes:
             raise DataError(f"{num_classes} classes where {spec.num_classes} are expected.")
         splits = ("train", "test", "validation")[: 3 if spec.validation else 2]
         for split in splits:
             if split not in builder.info.splits:
-                raise DataError(f"no split {split!r} among {', '.join(builder.info.splits)}.")
-    train, test, *rest = [_source(builder, split, image_size, seed) for split in splits]
+                raise DataError(
+                    f"no split {split!r} among {', '.join(sorted(builder.info.splits))}."
+                )
+    train, test, *rest = [
+        _source(builder, split, image_size, TEST_SEED if split == "test" else seed)
+        for split in splits
+    ]
     return train, test, rest[0] if rest else None

@@ -10,6 +10,9 @@ import numpy as np
 
 from experiments.data.dataset import DataError, Dataset, Split
 
+TEST_SEED = 0
+"""Of the keys of test examples, whatever the run's seed: what is reported must not vary."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -49,8 +52,10 @@ def content_keys(contents: Iterable[bytes], seed: int) -> np.ndarray:
 
 
 def stratified_order(labels: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """An order in which every prefix holds the classes in their proportions, to within one.
+    """An order in which every prefix holds the classes in their proportions.
 
+    Of ``m`` examples, a class with share ``s`` of all gets ``s m``, give or take
+    ``0.5 + s K / 2`` for ``K`` classes, which is one example where classes are equally frequent.
     One order serves every choice made here: a prefix is held out, the rest is trained on, and a
     prefix of the rest is what a limit leaves. Since it sorts by key, it does not depend on the
     order in which the examples are given.
