@@ -203,7 +203,7 @@ def _obstacle(layer: Any) -> str | None:
     if layer.feature_group_count != 1:
         return "its features are grouped"
     for dilation in (layer.kernel_dilation, layer.input_dilation):
-        if dilation not in (None, 1) and set(dilation) != {1}:
+        if dilation not in (None, 1) and (isinstance(dilation, int) or set(dilation) != {1}):
             return "it is dilated"
     if layer.mask is not None:
         return "it is masked"
