@@ -389,6 +389,8 @@ def roundings(
         # Multiplying by a positive weight commutes with min and max, exactly.
         weights = samples.weights.reshape(-1, 1)
         lo, hi = (a[samples.indices] for a in (lo, hi))
-        lo = jnp.where(weights == 0, jnp.float32(jnp.inf), lo * weights)
-        hi = jnp.where(weights == 0, jnp.float32(-jnp.inf), hi * weights)
+        # A dropped sample must not count, unless all are: then the range is that of nothing, zero.
+        beyond = jnp.where(jnp.any(weights != 0), jnp.float32(jnp.inf), jnp.float32(0))
+        lo = jnp.where(weights == 0, beyond, lo * weights)
+        hi = jnp.where(weights == 0, -beyond, hi * weights)
     return for_input, rounding(1, lo.min(0), hi.max(0), seeds[3], only_samples)
