@@ -74,7 +74,7 @@ def conv(
 
     Args:
       x: input, ``[N, H, W, C]``, floating point. A NaN makes its sample's output NaN.
-      w: weights, ``[kh, kw, C, O]``, floating point.
+      w: weights, ``[kh, kw, C, O]``, floating point. A NaN makes its channel's output NaN.
       key: JAX random key for rounding and pruning; needed where ``recipe.gradient`` is set, and
         ignored otherwise. Use a fresh one in each step.
       recipe: what is quantized and how; ``FULL_PRECISION`` gives an ordinary convolution.
@@ -296,8 +296,9 @@ def _binary_conv_fwd(
     if alpha is not None:
         y = y * alpha.astype(jnp.float32).reshape(1, 1, 1, -1)
     # Signs would hide a NaN, and training would go on with numbers that mean nothing.
-    poison = jnp.where(jnp.isnan(x).any(axis=(1, 2, 3)), jnp.float32(jnp.nan), jnp.float32(0))
-    y = y + poison.reshape(-1, 1, 1, 1)
+    bad_sample = jnp.isnan(x).any(axis=(1, 2, 3)).reshape(-1, 1, 1, 1)
+    bad_channel = jnp.isnan(w).any(axis=(0, 1, 2)).reshape(1, 1, 1, -1)
+    y = y + jnp.where(bad_sample | bad_channel, jnp.float32(jnp.nan), jnp.float32(0))
     kept_z = None if alpha is None else z
     residuals = _Residuals(x_signs, x_clip, w, w_signs, kept_z, alpha, seeds)
     return y.astype(x.dtype), residuals
