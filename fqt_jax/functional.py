@@ -235,7 +235,7 @@ def _apply(
             else f"scale= is for recipes with scale='learned'; this one has {recipe.scale!r}."
         )
     if not recipe.binary:
-        return _float_conv(static.window, x, w)
+        return _float_conv(static.window, *_varying_together((x, w)))
     if recipe.gradient is not None and key is None:
         raise ValueError("this recipe rounds gradients at random: pass key=jax.random.key(...).")
     if recipe.scale == "mean_abs":
@@ -243,7 +243,27 @@ def _apply(
     if scale is not None:
         _check_channels("scale", scale, w)
     seeds = None if recipe.gradient is None or key is None else seeds_from_key(key, 4)
-    return _binary_conv(static, x, w, scale, seeds)
+    return _binary_conv(static, *_varying_together((x, w, scale, seeds)))
+
+
+def _varying_together(operands: Any) -> Any:
+    """Makes all arrays vary along the same axes of an enclosing :func:`jax.shard_map`.
+
+    A gradient rule of one's own must return cotangents that vary like its arguments, which those
+    of shared weights would not. The transpose of this cast sums them over the devices.
+    """
+
+    def varying(a: jax.Array) -> frozenset[str]:
+        kind: Any = jax.typeof(a)
+        return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
+
+    axes = frozenset[str]().union(*map(varying, jax.tree.leaves(operands)))
+
+    def cast(a: jax.Array) -> jax.Array:
+        missing = tuple(sorted(axes - varying(a)))
+        return lax.pcast(a, missing, to="varying") if missing else a
+
+    return jax.tree.map(cast, operands)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
