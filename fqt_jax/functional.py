@@ -14,6 +14,7 @@ With hats for signs and ``*`` for the convolution::
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -185,7 +186,8 @@ def resolve_window(
       ValueError: strides or padding are not of a known form.
     """
     try:
-        pair = (strides, strides) if isinstance(strides, int) else tuple(int(s) for s in strides)
+        each = (strides, strides) if isinstance(strides, int) else strides
+        pair = tuple(operator.index(s) for s in each)
         if len(pair) != 2 or min(pair) < 1:
             raise ValueError
     except (TypeError, ValueError):
@@ -201,10 +203,11 @@ def resolve_window(
     else:
         try:
             each = [padding, padding] if isinstance(padding, int) else list(padding)
-            pads = [(p, p) if isinstance(p, int) else (int(p[0]), int(p[1])) for p in each]
+            both = [(p, p) if isinstance(p, int) else p for p in each]
+            pads = [(operator.index(before), operator.index(after)) for before, after in both]
             if len(pads) != 2:
                 raise ValueError
-        except (TypeError, ValueError, IndexError):
+        except (TypeError, ValueError):
             raise ValueError(
                 f"padding must be a string, a number or two (before, after); got {padding!r}."
             ) from None
