@@ -113,10 +113,11 @@ def conv(
         raise ValueError(f"x has {x.shape[3]} channels, but w takes {w.shape[2]}.")
     window = resolve_window(w.shape[:2], x.shape[1:3], strides, padding)
     window.output_size((x.shape[1], x.shape[2]))
+    if bias is not None:
+        _check_channels("bias", bias, w)
     static = _Static(recipe, window, implementation)
     y = _apply(static, x, w, key, scale)
     if bias is not None:
-        _check_channels("bias", bias, w)
         y = y + bias.astype(y.dtype).reshape(1, 1, 1, -1)
     return y
 
