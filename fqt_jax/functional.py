@@ -102,7 +102,7 @@ def conv(
       >>> y.shape
       (8, 6, 6, 32)
       >>> loss = lambda w: (fqt.conv(x, w, key=jax.random.key(2)) ** 2).mean()
-      >>> jax.grad(loss)(w).shape
+      >>> jax.jit(jax.grad(loss))(w).shape
       (3, 3, 16, 32)
     """
     check_float("x", x)
