@@ -14,6 +14,7 @@ With hats for signs and ``*`` for the convolution::
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -74,7 +75,7 @@ def conv(
 
     Args:
       x: input, ``[N, H, W, C]``, floating point. A NaN makes its sample's output NaN.
-      w: weights, ``[kh, kw, C, O]``, floating point.
+      w: weights, ``[kh, kw, C, O]``, floating point. A NaN makes its channel's output NaN.
       key: JAX random key for rounding and pruning; needed where ``recipe.gradient`` is set, and
         ignored otherwise. Use a fresh one in each step.
       recipe: what is quantized and how; ``FULL_PRECISION`` gives an ordinary convolution.
@@ -101,7 +102,7 @@ def conv(
       >>> y.shape
       (8, 6, 6, 32)
       >>> loss = lambda w: (fqt.conv(x, w, key=jax.random.key(2)) ** 2).mean()
-      >>> jax.grad(loss)(w).shape
+      >>> jax.jit(jax.grad(loss))(w).shape
       (3, 3, 16, 32)
     """
     check_float("x", x)
@@ -112,10 +113,11 @@ def conv(
         raise ValueError(f"x has {x.shape[3]} channels, but w takes {w.shape[2]}.")
     window = resolve_window(w.shape[:2], x.shape[1:3], strides, padding)
     window.output_size((x.shape[1], x.shape[2]))
+    if bias is not None:
+        _check_channels("bias", bias, w)
     static = _Static(recipe, window, implementation)
     y = _apply(static, x, w, key, scale)
     if bias is not None:
-        _check_channels("bias", bias, w)
         y = y + bias.astype(y.dtype).reshape(1, 1, 1, -1)
     return y
 
@@ -185,7 +187,8 @@ def resolve_window(
       ValueError: strides or padding are not of a known form.
     """
     try:
-        pair = (strides, strides) if isinstance(strides, int) else tuple(int(s) for s in strides)
+        each = (strides, strides) if isinstance(strides, int) else strides
+        pair = tuple(operator.index(s) for s in each)
         if len(pair) != 2 or min(pair) < 1:
             raise ValueError
     except (TypeError, ValueError):
@@ -201,10 +204,11 @@ def resolve_window(
     else:
         try:
             each = [padding, padding] if isinstance(padding, int) else list(padding)
-            pads = [(p, p) if isinstance(p, int) else (int(p[0]), int(p[1])) for p in each]
+            both = [(p, p) if isinstance(p, int) else p for p in each]
+            pads = [(operator.index(before), operator.index(after)) for before, after in both]
             if len(pads) != 2:
                 raise ValueError
-        except (TypeError, ValueError, IndexError):
+        except (TypeError, ValueError):
             raise ValueError(
                 f"padding must be a string, a number or two (before, after); got {padding!r}."
             ) from None
@@ -235,7 +239,7 @@ def _apply(
             else f"scale= is for recipes with scale='learned'; this one has {recipe.scale!r}."
         )
     if not recipe.binary:
-        return _float_conv(static.window, x, w)
+        return _float_conv(static.window, *_varying_together((x, w)))
     if recipe.gradient is not None and key is None:
         raise ValueError("this recipe rounds gradients at random: pass key=jax.random.key(...).")
     if recipe.scale == "mean_abs":
@@ -243,7 +247,27 @@ def _apply(
     if scale is not None:
         _check_channels("scale", scale, w)
     seeds = None if recipe.gradient is None or key is None else seeds_from_key(key, 4)
-    return _binary_conv(static, x, w, scale, seeds)
+    return _binary_conv(static, *_varying_together((x, w, scale, seeds)))
+
+
+def _varying_together(operands: Any) -> Any:
+    """Makes all arrays vary along the same axes of an enclosing :func:`jax.shard_map`.
+
+    A gradient rule of one's own must return cotangents that vary like its arguments, which those
+    of shared weights would not. The transpose of this cast sums them over the devices.
+    """
+
+    def varying(a: jax.Array) -> frozenset[str]:
+        kind: Any = jax.typeof(a)
+        return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
+
+    axes = frozenset[str]().union(*map(varying, jax.tree.leaves(operands)))
+
+    def cast(a: jax.Array) -> jax.Array:
+        missing = tuple(sorted(axes - varying(a)))
+        return lax.pcast(a, missing, to="varying") if missing else a
+
+    return jax.tree.map(cast, operands)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -296,8 +320,9 @@ def _binary_conv_fwd(
     if alpha is not None:
         y = y * alpha.astype(jnp.float32).reshape(1, 1, 1, -1)
     # Signs would hide a NaN, and training would go on with numbers that mean nothing.
-    poison = jnp.where(jnp.isnan(x).any(axis=(1, 2, 3)), jnp.float32(jnp.nan), jnp.float32(0))
-    y = y + poison.reshape(-1, 1, 1, 1)
+    bad_sample = jnp.isnan(x).any(axis=(1, 2, 3)).reshape(-1, 1, 1, 1)
+    bad_channel = jnp.isnan(w).any(axis=(0, 1, 2)).reshape(1, 1, 1, -1)
+    y = y + jnp.where(bad_sample | bad_channel, jnp.float32(jnp.nan), jnp.float32(0))
     kept_z = None if alpha is None else z
     residuals = _Residuals(x_signs, x_clip, w, w_signs, kept_z, alpha, seeds)
     return y.astype(x.dtype), residuals
@@ -389,6 +414,8 @@ def roundings(
         # Multiplying by a positive weight commutes with min and max, exactly.
         weights = samples.weights.reshape(-1, 1)
         lo, hi = (a[samples.indices] for a in (lo, hi))
-        lo = jnp.where(weights == 0, jnp.float32(jnp.inf), lo * weights)
-        hi = jnp.where(weights == 0, jnp.float32(-jnp.inf), hi * weights)
+        # A dropped sample must not count, unless all are: then the range is that of nothing, zero.
+        beyond = jnp.where(jnp.any(weights != 0), jnp.float32(jnp.inf), jnp.float32(0))
+        lo = jnp.where(weights == 0, beyond, lo * weights)
+        hi = jnp.where(weights == 0, -beyond, hi * weights)
     return for_input, rounding(1, lo.min(0), hi.max(0), seeds[3], only_samples)

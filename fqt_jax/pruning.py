@@ -82,9 +82,13 @@ def keep_probabilities(importance: jax.Array, k: int | jax.Array) -> jax.Array:
     if n == 0:
         return importance.astype(jnp.float32)
     r = importance.astype(jnp.float32)
-    r = r / jnp.maximum(jnp.max(r), jnp.float32(jnp.finfo(jnp.float32).tiny))
-    k = jnp.asarray(k, jnp.float32)
     ordered = -jnp.sort(-r)
+    # In units of the k-th largest, so that no span of importance underflows where it matters.
+    # What exceeds n such units is capped at one however large it is.
+    unit = ordered[jnp.clip(jnp.asarray(k, jnp.int32) - 1, 0, n - 1)]
+    unit = jnp.maximum(unit, jnp.float32(jnp.finfo(jnp.float32).tiny))
+    r, ordered = (jnp.minimum(v / unit, jnp.float32(2 * n)) for v in (r, ordered))
+    k = jnp.asarray(k, jnp.float32)
     tail = jnp.cumsum(ordered[::-1])[::-1]  # tail[m] = sum of all but the m largest
     m = jnp.arange(n, dtype=jnp.float32)
     # The m largest are capped at one, where m is the first count whose c = (k - m) / tail[m] caps
@@ -212,9 +216,9 @@ def prune(
         raise ValueError(f"axis {axis} is outside the {g.ndim} axes of g.")
     n = g.shape[axis]
     k = quantizer.kept(n)
-    rows = jnp.moveaxis(g, axis, 0).astype(jnp.float32).reshape(n, -1)
-    if k == n or rows.shape[1] == 0:
+    if k == n or g.size == 0:
         return Selection(jnp.arange(k, dtype=jnp.int32), jnp.ones(k, jnp.float32), n)
+    rows = jnp.moveaxis(g, axis, 0).astype(jnp.float32).reshape(n, -1)
     lo, hi = jnp.min(rows, axis=1), jnp.max(rows, axis=1)
     squares = None
     if importance == "norm":

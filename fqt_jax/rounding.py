@@ -8,9 +8,9 @@ A group of entries with minimum ``lo`` and range ``R = max - min`` is rounded to
 
 The subtraction comes before the product, so no compiler can contract the two into a fused
 multiply-add, and the codes are the same on every backend. ``E[g'] = g``, up to the resolution of
-the fixed point, 2^-17 of a step. Ranges below :data:`MIN_RANGE` are taken to be
-:data:`MIN_RANGE`, which keeps ``s`` finite; the result stays unbiased on the coarser grid, and a
-constant group is exact.
+the fixed point: ``t`` is cut off, which lowers the mean by less than 2^-16 of a step. Ranges below
+:data:`MIN_RANGE` are taken to be :data:`MIN_RANGE`, which keeps ``s`` finite; the result stays
+unbiased on the coarser grid, and a constant group is exact.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def counter_bits(seed: jax.Array, index: jax.Array) -> jax.Array:
     """32 uniform bits for each counter value: an integer hash of ``(seed, index)``.
 
     Two rounds of xor-shift and odd multiplication, with a word of the seed entering before each,
-    so that streams of different seeds are not shifts of one another.
+    so that streams of different seeds are not shifts of one another. One round does not hide a
+    small difference of the second words: derive seeds with :func:`seeds_from_key`, never by
+    counting up.
 
     Args:
       seed: ``uint32[2]``.
@@ -166,6 +168,8 @@ def stochastic_round(
 def check_bits(bits: int) -> int:
     """Returns ``bits`` as an ``int`` in 1..8, or raises."""
     try:
+        if isinstance(bits, bool):
+            raise TypeError
         value = operator.index(bits)
     except TypeError:
         raise TypeError(f"bits must be an integer from 1 to 8; got {bits!r}.") from None

@@ -25,7 +25,8 @@ def _on_cpu() -> bool:
 
 
 def _accumulate_type(*operands: jax.Array) -> jnp.dtype:
-    return jnp.promote_types(jnp.float32, jnp.result_type(*operands))
+    dtype = jnp.result_type(*operands)
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def _tap_slices(x: jax.Array, window: Window) -> list[jax.Array]:

@@ -1,0 +1,167 @@
+import dataclasses
+
+import pytest
+
+import fqt_jax as fqt
+from fqt_jax import FQT1, FULL_PRECISION, PSQ1, QAT, GradientQuantizer, Recipe
+
+
+@pytest.mark.parametrize("bits", [0, 9, -1])
+def test_bits_out_of_range(bits):
+    with pytest.raises(ValueError, match=f"bits must be an integer from 1 to 8; got {bits}"):
+        GradientQuantizer(bits=bits)
+
+
+@pytest.mark.parametrize("bits", [True, 2.5, "4", None])
+def test_bits_of_the_wrong_type(bits):
+    with pytest.raises(TypeError, match="bits must be an integer"):
+        GradientQuantizer(bits=bits)
+
+
+@pytest.mark.parametrize("keep", [0, 0.0, 1.5, -1, float("nan"), float("inf")])
+def test_keep_out_of_range(keep):
+    with pytest.raises(ValueError, match=r"keep must be a number in \(0, 1\]"):
+        GradientQuantizer(keep=keep)
+
+
+@pytest.mark.parametrize("keep", [True, "half"])
+def test_keep_of_the_wrong_type(keep):
+    with pytest.raises(TypeError, match="keep must be a number"):
+        GradientQuantizer(keep=keep)
+
+
+@pytest.mark.parametrize(
+    ("make", "field", "allowed"),
+    [
+        (GradientQuantizer, "sampler", ("systematic", "bernoulli", "topk", "uniform")),
+        (GradientQuantizer, "importance", ("range", "norm")),
+        (GradientQuantizer, "groups", ("sample_channel", "sample", "tensor")),
+        (Recipe, "prune", ("channels", "shared")),
+        (Recipe, "scale", ("mean_abs", "none", "learned")),
+    ],
+)
+def test_choices(make, field, allowed):
+    for value in allowed:
+        assert getattr(make(**{field: value}), field) == value
+    with pytest.raises(ValueError, match=f"{field} must be one of") as error:
+        make(**{field: "median"})
+    for value in (*allowed, "median"):
+        assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize("field", ["binary", "clip"])
+@pytest.mark.parametrize("value", [1, None, "yes"])
+def test_flags_must_be_bool(field, value):
+    with pytest.raises(TypeError, match=f"{field} must be True or False"):
+        Recipe(**{field: value})
+
+
+def test_gradient_must_be_a_quantizer():
+    with pytest.raises(TypeError, match="gradient must be a GradientQuantizer or None"):
+        Recipe(gradient=4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"gradient": GradientQuantizer()},
+        {"prune": "shared"},
+        {"scale": "none"},
+        {"scale": "learned"},
+        {"clip": False},
+    ],
+)
+def test_full_precision_takes_nothing_else(change):
+    (field,) = change
+    with pytest.raises(ValueError, match=f"{field} has no meaning in a full-precision layer"):
+        Recipe(binary=False, **change)
+    with pytest.raises(ValueError, match="no meaning"):
+        dataclasses.replace(FULL_PRECISION, **change)
+
+
+def test_sample_groups_cannot_prune_channels():
+    pruned = GradientQuantizer(bits=2, groups="sample")
+    with pytest.raises(ValueError, match="set prune='shared'"):
+        Recipe(gradient=pruned)
+    assert Recipe(gradient=pruned, prune="shared").gradient is pruned
+    everything = dataclasses.replace(pruned, keep=1.0)
+    assert Recipe(gradient=everything).prune == "channels"
+    with pytest.raises(ValueError, match="set prune='shared'"):
+        dataclasses.replace(PSQ1, gradient=dataclasses.replace(PSQ1.gradient, keep=0.5))
+
+
+def test_replace_checks_again():
+    shared = dataclasses.replace(FQT1, prune="shared")
+    assert (shared.prune, shared.gradient, shared.scale) == ("shared", FQT1.gradient, "mean_abs")
+    assert FQT1.prune == "channels"
+    with pytest.raises(ValueError, match="prune"):
+        dataclasses.replace(FQT1, prune="everything")
+    with pytest.raises(ValueError, match="bits"):
+        dataclasses.replace(FQT1.gradient, bits=0)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        FQT1.clip = False
+
+
+def test_recipes_are_equal_and_hashable_by_value():
+    assert Recipe(gradient=GradientQuantizer(bits=4)) == FQT1
+    assert hash(Recipe(gradient=GradientQuantizer(bits=4))) == hash(FQT1)
+    assert len({FQT1, PSQ1, QAT, FULL_PRECISION}) == 4
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_one_bit_an_entry_by_default(bits):
+    assert GradientQuantizer(bits=bits).bits_per_entry == 1.0
+    assert GradientQuantizer(bits=bits, keep=1).bits_per_entry == bits
+
+
+@pytest.mark.parametrize(
+    ("keep", "n", "kept"),
+    [
+        (None, 0, 0),
+        (None, 1, 1),
+        (None, 3, 1),  # fewer groups than bits still keep one
+        (None, 5, 1),
+        (None, 6, 2),  # a half is rounded up, at odd and even multiples alike
+        (None, 10, 3),
+        (None, 128, 32),
+        (1.0, 7, 7),
+        (1, 7, 7),
+        (0.5, 5, 3),
+        (0.001, 100, 1),
+        (0.999, 10, 10),
+    ],
+)
+def test_kept(keep, n, kept):
+    assert GradientQuantizer(bits=4, keep=keep).kept(n) == kept
+
+
+def test_named_recipes():
+    assert FULL_PRECISION.binary is False
+    assert (QAT.binary, QAT.gradient) == (True, None)
+    assert (PSQ1.gradient.bits, PSQ1.gradient.keep_fraction) == (1, 1.0)
+    assert PSQ1.gradient.groups == "sample"
+    assert (FQT1.gradient.bits, FQT1.gradient.keep_fraction) == (4, 0.25)
+    assert (FQT1.gradient.sampler, FQT1.gradient.groups) == ("systematic", "sample_channel")
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [
+        ("fqt1", FQT1),
+        ("FQT1", FQT1),
+        ("psq1", PSQ1),
+        ("Qat", QAT),
+        ("full_precision", FULL_PRECISION),
+        ("Full-Precision", FULL_PRECISION),
+    ],
+)
+def test_recipe_by_name(name, recipe):
+    assert fqt.recipe_by_name(name) is recipe
+
+
+@pytest.mark.parametrize("name", ["", "fp32", "fqt 1", "fqt2"])
+def test_unknown_name_lists_the_known_ones(name):
+    with pytest.raises(ValueError, match="unknown recipe") as error:
+        fqt.recipe_by_name(name)
+    for known in (repr(name), "full_precision", "qat", "psq1", "fqt1"):
+        assert known in str(error.value)
