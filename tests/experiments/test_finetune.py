@@ -1,0 +1,268 @@
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import cli, runner
+from experiments.config import RunConfig
+from experiments.data import load
+from experiments.finetune import FinetuneConfig, main
+from experiments.pretrain import PretrainConfig
+from experiments.pretrain import main as pretrain
+from fqt_jax.checkpoints import CheckpointError, latest_checkpoint, read_metadata
+from fqt_jax.training import Metrics
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _as_optax_and_flax_compute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def tiny(**changes) -> FinetuneConfig:
+    options = {
+        "model": "vgg_small",
+        "width": 0.25,
+        "image_size": 8,
+        "limit": 96,
+        "batch_size": 32,
+        "epochs": 3,
+        "learning_rate": 1e-3,
+        "from_scratch": True,
+        "out": pathlib.Path("run"),
+    }
+    return FinetuneConfig(**{**options, **changes})
+
+
+def lines(folder) -> list[dict]:
+    text = (pathlib.Path(folder) / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def parameters(folder) -> dict[str, np.ndarray]:
+    from fqt_jax import checkpoints
+
+    return checkpoints._read_arrays(latest_checkpoint(pathlib.Path(folder) / "checkpoints"))
+
+
+def test_a_run_writes_its_folder(capsys):
+    main(tiny())
+    folder = pathlib.Path("run")
+    assert {path.name for path in folder.iterdir()} == {
+        "checkpoints",
+        "config.json",
+        "curves.png",
+        "layers.txt",
+        "metrics.jsonl",
+        "summary.json",
+    }
+    assert [line["epoch"] for line in lines(folder)] == [1, 2, 3]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["test_images"] == len(load("digits", image_size=8, limit=96).test)
+    assert 0 <= summary["test_accuracy"] <= 1
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list((folder / "checkpoints").iterdir())) == 1
+    printed = capsys.readouterr().out
+    assert "epoch 3/3: loss" in printed
+    assert "test accuracy" in printed
+
+
+def test_a_stopped_run_resumes_with_the_numbers_of_an_unbroken_one(monkeypatch, capsys):
+    main(tiny(out=pathlib.Path("whole")))
+    stop_at = 4
+    train_step = runner.make_train_step
+
+    def interrupting(*args, **kwargs):
+        step = train_step(*args, **kwargs)
+
+        def wrapped(state, *rest):
+            result = step(state, *rest)
+            if int(result[0].step) == stop_at:
+                os.kill(os.getpid(), signal.SIGINT)
+            return result
+
+        return wrapped
+
+    monkeypatch.setattr(runner, "make_train_step", interrupting)
+    with pytest.raises(cli.Interrupted, match=r"stopped after step 4 of \d+ .* --resume run"):
+        main(tiny())
+    monkeypatch.setattr(runner, "make_train_step", train_step)
+    assert read_metadata(latest_checkpoint("run/checkpoints"))["history"] == lines("run")
+    main(FinetuneConfig(resume=pathlib.Path("run")))
+    assert lines("run") == lines("whole")
+    for name, value in parameters("whole").items():
+        np.testing.assert_array_equal(parameters("run")[name], value, err_msg=name)
+    run, whole = (json.loads(pathlib.Path(f, "summary.json").read_text()) for f in ("run", "whole"))
+    assert {**run, "seconds": 0} == {**whole, "seconds": 0}
+    main(FinetuneConfig(resume=pathlib.Path("run")))
+    assert "complete already" in capsys.readouterr().out
+
+
+def test_the_step_compiles_once_over_epochs_and_resume(monkeypatch):
+    steps = []
+    original = runner.make_train_step
+
+    def recording(*args, **kwargs):
+        steps.append(original(*args, **kwargs))
+        return steps[-1]
+
+    monkeypatch.setattr(runner, "make_train_step", recording)
+    main(tiny(epochs=2))
+    (pathlib.Path("run") / "summary.json").unlink()
+    main(FinetuneConfig(resume=pathlib.Path("run")))  # nothing is left to train
+    assert [step._cache_size() for step in steps] == [1, 0]
+
+
+def test_finetuning_pretrains_once_and_keeps_the_result(capsys):
+    options = {"from_scratch": False, "pretrain_epochs": 1, "epochs": 1, "width": 0.125}
+    main(tiny(out=pathlib.Path("a"), **options))
+    assert "pretraining on mnist5k once" in capsys.readouterr().out
+    main(tiny(out=pathlib.Path("b"), recipe="psq1", **options))
+    printed = capsys.readouterr().out
+    assert "starting from the pretrained model" in printed
+    assert "pretraining" not in printed
+
+
+def test_pretrained_checkpoints_start_a_finetuning(capsys):
+    pretrain(
+        PretrainConfig(
+            dataset="digits",
+            model="vgg_small",
+            width=0.25,
+            image_size=8,
+            limit=64,
+            batch_size=32,
+            epochs=1,
+            out=pathlib.Path("source"),
+        )
+    )
+    main(tiny(from_scratch=False, checkpoint=pathlib.Path("source"), epochs=1))
+    summary = json.loads(pathlib.Path("run/summary.json").read_text())
+    assert summary["start"].startswith("source/checkpoints/step_")
+    with pytest.raises(CheckpointError, match="of another model"):
+        main(
+            tiny(
+                from_scratch=False,
+                checkpoint=pathlib.Path("source"),
+                width=0.5,
+                out=pathlib.Path("x"),
+            )
+        )
+    assert not pathlib.Path("x").exists()
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(monkeypatch):
+    monkeypatch.setattr(Metrics, "means", lambda self: {"loss": float("nan"), "accuracy": 0.1})
+    with pytest.raises(cli.UserError, match="loss became nan in epoch 1: lower the learning rate"):
+        main(tiny())
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"dataset": "imagenet"}, ValueError, "unknown data set|imagenet"),
+        ({"recipe": "fqt2"}, ValueError, "unknown recipe 'fqt2'; known recipes: full_precision"),
+        ({"optimizer": "adamm"}, ValueError, "unknown optimizer 'adamm'"),
+        ({"implementation": "cuda"}, ValueError, "unknown implementation 'cuda'"),
+        ({"bits": 9}, ValueError, "bits must be an integer from 1 to 8; got 9"),
+        ({"bits": 0}, ValueError, "bits must be an integer from 1 to 8; got 0"),
+        ({"keep": 0.0}, ValueError, r"keep must be a number in \(0, 1\]"),
+        ({"recipe": "qat", "bits": 2}, cli.UserError, "does not quantize gradients"),
+        ({"batch_size": 5000}, cli.UserError, "batch_size is 5000, but digits has only"),
+        ({"dataset": "cifar10"}, ValueError, "cifar10"),
+        ({"checkpoint": pathlib.Path("gone"), "from_scratch": False}, CheckpointError, "gone"),
+    ],
+)
+def test_bad_options_are_named_before_anything_is_written(changes, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        main(tiny(data_dir=tmp_path / "data", **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "vgg12"}, "unknown model 'vgg12'; known models"),
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"validation_fraction": 1.0}, "validation_fraction"),
+        ({"label_smoothing": 1.0}, "label_smoothing"),
+        ({"width": 0.0}, "width must be positive"),
+        ({"seed": -1}, "seed must be from 0"),
+        ({"resume": pathlib.Path("x")}, "either out"),
+        ({"checkpoint": pathlib.Path("x")}, "either checkpoint or from-scratch"),
+        ({"pretrain_epochs": 0}, "pretrain_epochs must be at least 1"),
+    ],
+)
+def test_bad_options_are_refused_on_construction(changes, message):
+    with pytest.raises(cli.UserError, match=message):
+        tiny(**changes)
+
+
+def test_run_folders_are_never_overwritten_nor_mixed_up():
+    pathlib.Path("run").mkdir()
+    with pytest.raises(cli.UserError, match=r"run folder run exists already.*--resume run"):
+        main(tiny())
+    with pytest.raises(cli.UserError, match=r"not a run: it has no config\.json"):
+        main(FinetuneConfig(resume=pathlib.Path("run")))
+    pathlib.Path("run/config.json").write_text("{")
+    with pytest.raises(cli.UserError, match="damaged"):
+        main(FinetuneConfig(resume=pathlib.Path("run")))
+    pathlib.Path("run/config.json").write_text(json.dumps(tiny(seed=3).to_json()))
+    with pytest.raises(cli.UserError, match="seed is 3 in the run run; it cannot be changed to 4"):
+        main(FinetuneConfig(resume=pathlib.Path("run"), seed=4))
+
+
+def test_options_survive_a_round_trip_through_json():
+    config = tiny(data_dir=pathlib.Path("data"), bits=2)
+    values = json.loads(json.dumps(config.to_json()))
+    pathlib.Path("run").mkdir()
+    pathlib.Path("run/config.json").write_text(json.dumps(values))
+    from experiments.config import read_config
+
+    assert read_config(FinetuneConfig(), pathlib.Path("run")) == dataclasses.replace(
+        config, out=None
+    )
+
+
+def test_parts_of_a_recipe_can_be_changed():
+    recipe = RunConfig(bits=2, prune="shared", importance="norm").build_recipe()
+    assert recipe.gradient is not None
+    assert (recipe.gradient.bits, recipe.gradient.keep_fraction) == (2, 0.5)
+    assert (recipe.prune, recipe.gradient.importance) == ("shared", "norm")
+
+
+def call(*arguments: str, cwd: pathlib.Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.finetune", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--recipe", "fqt2", "--from-scratch"), "unknown recipe 'fqt2'"),
+        (("--epochs", "0"), "epochs must be at least 1"),
+        (("--from-scratch", "--out", "/proc/run"), "/proc"),
+    ],
+)
+def test_the_command_line_gives_one_line_and_a_status(arguments, message, tmp_path):
+    result = call(*arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
