@@ -1,6 +1,7 @@
 """Strict settings for every test: warnings are errors, no implicit promotion, several devices."""
 
 import os
+import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -11,6 +12,11 @@ import numpy as np
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 4)
+# Nearly all of a test's time is compilation; the workers share what they compile.
+jax.config.update(
+    "jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".jax_cache")
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
