@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from experiments.cli import UserError
 from fqt_jax.models import MODELS
+from fqt_jax.optimizers import OptimizerConfig
 from fqt_jax.recipe import (
     Groups,
     Importance,
@@ -18,7 +19,6 @@ from fqt_jax.recipe import (
     Scale,
     recipe_by_name,
 )
-from fqt_jax.training import OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)

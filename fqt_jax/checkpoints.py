@@ -19,7 +19,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from fqt_jax.training import TrainState, leaf_name
+from fqt_jax.training import TrainState
+from fqt_jax.tree import leaf_name
 
 Path = str | pathlib.Path
 

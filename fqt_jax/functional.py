@@ -272,7 +272,7 @@ def _varying_together(operands: Any) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _float_conv(window: Window, x: jax.Array, w: jax.Array) -> jax.Array:
-    return float_conv(x, w, window).astype(x.dtype)
+    return float_conv(x, w.astype(x.dtype), window).astype(x.dtype)
 
 
 def _float_conv_fwd(window: Window, x: jax.Array, w: jax.Array) -> tuple[jax.Array, Any]:
@@ -281,7 +281,7 @@ def _float_conv_fwd(window: Window, x: jax.Array, w: jax.Array) -> tuple[jax.Arr
 
 def _float_conv_bwd(window: Window, residuals: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, w = residuals
-    dx = conv_input_grad(dy, w, window, x.shape[1:3])
+    dx = conv_input_grad(dy, w.astype(x.dtype), window, x.shape[1:3])
     dw = conv_weight_grad(x, dy, window)
     return dx.astype(x.dtype), dw.astype(w.dtype)
 

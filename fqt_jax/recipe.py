@@ -151,6 +151,17 @@ class Recipe:
                         f"{other.default!r} when binary=False."
                     )
 
+    def unpruned(self) -> Recipe:
+        """The same recipe with nothing pruned, for gradients of rows that were drawn already.
+
+        Example:
+          >>> FQT1.unpruned().gradient.bits_per_entry
+          4.0
+        """
+        if self.gradient is None:
+            return self
+        return dataclasses.replace(self, gradient=dataclasses.replace(self.gradient, keep=1.0))
+
 
 FULL_PRECISION = Recipe(binary=False)
 """Nothing is quantized."""

@@ -16,6 +16,7 @@ unbiased on the coarser grid, and a constant group is exact.
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -181,7 +182,18 @@ def stochastic_round(
     codes = round_to_codes(g, lo, code_scale(value_range, bits), seed, flat_index(x.shape), bits)
     step = value_range / jnp.float32((1 << bits) - 1)
     rounded = (lo + codes.astype(jnp.float32) * step).astype(x.dtype)
-    return x + jax.lax.stop_gradient(rounded - x)
+    return _straight_through(x, rounded)
+
+
+@jax.custom_jvp
+def _straight_through(x: jax.Array, value: jax.Array) -> jax.Array:
+    """``value``, with the gradient of ``x``."""
+    return value
+
+
+@_straight_through.defjvp
+def _straight_through_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return primals[1], tangents[0]
 
 
 def check_bits(bits: int) -> int:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,6 +18,7 @@ import optax
 from flax import nnx
 
 from fqt_jax.binarize import check_float
+from fqt_jax.gradients import OneDraw, batch_gradients, drawn_gradients
 
 Images = jax.Array
 Preprocess = Callable[[Images, jax.Array], jax.Array]
@@ -131,6 +130,8 @@ def make_train_step(
     *,
     smoothing: float = 0.0,
     preprocess: Preprocess | None = None,
+    one_draw: OneDraw | None = None,
+    remat: bool = False,
 ) -> Callable[[TrainState, Images, jax.Array, jax.Array, jax.Array], tuple[TrainState, jax.Array]]:
     """Builds the jitted training step.
 
@@ -140,6 +141,9 @@ def make_train_step(
       smoothing: label smoothing.
       preprocess: ``(images, key) -> images``, run on the device inside the step: augmentation and
         normalization.
+      one_draw: prune once for the whole network rather than in each layer.
+      remat: keep from the forward pass only what quantized layers name, bits and integer sums
+        (:data:`fqt_jax.functional.RESIDUAL_NAMES`), and compute norms and activations again.
 
     Returns:
       ``step(state, images, labels, indices, key) -> (state, loss)``. ``images`` and ``labels`` are
@@ -153,22 +157,21 @@ def make_train_step(
         state: TrainState, images: Images, labels: jax.Array, indices: jax.Array, key: jax.Array
     ) -> tuple[TrainState, jax.Array]:
         x, y = jnp.take(images, indices, axis=0), jnp.take(labels, indices, axis=0)
+        key = jax.random.fold_in(key, state.step)
         if preprocess is not None:
-            x = preprocess(x, jax.random.fold_in(key, state.step))
-
-        def objective(params: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Any]]:
-            model = nnx.merge(graphdef, params, state.others, copy=True)
-            model.train()
-            logits = model(x)
-            losses = cross_entropy(logits, y, smoothing=smoothing)
-            others = nnx.split(model, nnx.Param, ...)[2]
-            return jnp.mean(losses), (jnp.sum(losses), logits, others)
-
-        grads, (loss, logits, others) = jax.grad(objective, has_aux=True)(state.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            x = preprocess(x, key)
+        losses_of = functools.partial(cross_entropy, smoothing=smoothing)
+        model = (graphdef, state.params, state.others)
+        if one_draw is None:
+            result = batch_gradients(*model, x, y, losses_of, remat=remat)
+        else:
+            draw_key = jax.random.fold_in(key, 1)
+            result = drawn_gradients(*model, x, y, losses_of, one_draw, draw_key, remat=remat)
+        updates, opt_state = optimizer.update(result.grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = _add(state.metrics, loss, logits, y, jnp.ones(y.shape, jnp.bool_))
-        new = TrainState(params, others, opt_state, state.step + 1, metrics)
+        loss = jnp.sum(losses_of(result.logits, y))
+        metrics = _add(state.metrics, loss, result.logits, y, jnp.ones(y.shape, jnp.bool_))
+        new = TrainState(params, result.others, opt_state, state.step + 1, metrics)
         return new, loss / y.shape[0]
 
     return step
@@ -220,124 +223,3 @@ def _add(
         metrics.correct + jnp.sum(hits, dtype=jnp.int32),
         metrics.total + jnp.sum(valid, dtype=jnp.int32),
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """An optimizer with a rate for the head and one for the rest.
-
-    The defaults are those of arXiv 2408.14267, section 5: Adam with 1e-3 for the head and 1e-5 for
-    the rest, or SGD of momentum 0.9 with 1e-3 and 1e-4; weight decay 1e-5, added to the gradient;
-    cosine decay to zero.
-
-    Args:
-      name: ``"adam"``, ``"sgd"``, or any Optax optimizer that takes a learning rate.
-      learning_rate: of all parameters but the head's; ``None`` for the default.
-      head_learning_rate: of the parameters of the head; ``None`` for the default, or
-        ``learning_rate`` if that is given.
-      weight_decay: factor of the parameter that is added to its gradient.
-      momentum: of SGD.
-      schedule: ``"cosine"``, to zero over the run, or ``"constant"``.
-      head: regular expression that matches the names of the head's parameters, such as
-        ``head.kernel``.
-
-    Raises:
-      ValueError: an unknown name or schedule, or a number out of range.
-
-    Example:
-      >>> OptimizerConfig().rates()
-      (1e-05, 0.001)
-      >>> OptimizerConfig(learning_rate=1e-3).rates()
-      (0.001, 0.001)
-    """
-
-    name: str = "adam"
-    learning_rate: float | None = None
-    head_learning_rate: float | None = None
-    weight_decay: float = 1e-5
-    momentum: float = 0.9
-    schedule: str = "cosine"
-    head: str = r"head\..*"
-
-    def __post_init__(self) -> None:
-        known = self.name in ("adam", "sgd") or _takes_learning_rate(self.name)
-        if not known:
-            raise ValueError(
-                f"unknown optimizer {self.name!r}; use 'adam', 'sgd' or the name of an Optax "
-                "optimizer that takes a learning rate."
-            )
-        if self.schedule not in ("cosine", "constant"):
-            raise ValueError(f"schedule must be 'cosine' or 'constant'; got {self.schedule!r}.")
-        for field in ("learning_rate", "head_learning_rate"):
-            rate = getattr(self, field)
-            if rate is not None and not 0 <= rate < float("inf"):
-                raise ValueError(f"{field} must be a number from 0 on; got {rate}.")
-        if not 0 <= self.weight_decay < float("inf"):
-            raise ValueError(f"weight_decay must be a number from 0 on; got {self.weight_decay}.")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1); got {self.momentum}.")
-
-    def rates(self) -> tuple[float, float]:
-        """Learning rates of the rest and of the head, with the defaults filled in."""
-        rest, head = (1e-4, 1e-3) if self.name == "sgd" else (1e-5, 1e-3)
-        if self.learning_rate is not None:
-            rest = head = self.learning_rate
-        return rest, head if self.head_learning_rate is None else self.head_learning_rate
-
-    def build(self, params: Any, total_steps: int) -> optax.GradientTransformation:
-        """The Optax optimizer for ``params`` over ``total_steps`` steps.
-
-        Raises:
-          ValueError: no parameter's path matches ``head`` although its rate differs.
-        """
-        rest, head = self.rates()
-        if rest == head:
-            return self._transform(rest, total_steps)
-        labels = jax.tree_util.tree_map_with_path(
-            lambda path, _: "head" if re.fullmatch(self.head, leaf_name(path)) else "rest", params
-        )
-        if "head" not in jax.tree.leaves(labels):
-            raise ValueError(f"no parameter's path matches the head's pattern {self.head!r}.")
-        transforms = {
-            "rest": self._transform(rest, total_steps),
-            "head": self._transform(head, total_steps),
-        }
-        return optax.partition(transforms, labels)
-
-    def _transform(self, rate: float, total_steps: int) -> optax.GradientTransformation:
-        schedule: Any = rate
-        if self.schedule == "cosine":
-            schedule = optax.cosine_decay_schedule(rate, max(1, total_steps))
-        if self.name == "sgd":
-            optimizer = optax.sgd(schedule, momentum=self.momentum or None)
-        else:
-            optimizer = getattr(optax, self.name)(schedule)
-        if self.weight_decay == 0:
-            return optimizer
-        return optax.chain(optax.add_decayed_weights(self.weight_decay), optimizer)
-
-
-def _takes_learning_rate(name: str) -> bool:
-    function = getattr(optax, name, None)
-    if not inspect.isfunction(function) or name.startswith("_"):
-        return False
-    parameters = inspect.signature(function).parameters
-    return next(iter(parameters), None) == "learning_rate"
-
-
-def leaf_name(path: tuple[Any, ...]) -> str:
-    """A pytree path as names joined by dots; the entry of an NNX variable's value left out.
-
-    Example:
-      >>> import jax
-      >>> [(path, _)] = jax.tree_util.tree_leaves_with_path({"head": {"bias": 1.0}})
-      >>> leaf_name(path)
-      'head.bias'
-    """
-    names = []
-    for entry in path:
-        for attribute in ("key", "idx", "name"):
-            if hasattr(entry, attribute):
-                names.append(str(getattr(entry, attribute)))
-                break
-    return ".".join(name for name in names if name != "value")

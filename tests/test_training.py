@@ -7,9 +7,9 @@ from flax import nnx
 
 import fqt_jax as fqt
 from fqt_jax.models import VGG
+from fqt_jax.optimizers import OptimizerConfig
 from fqt_jax.training import (
     Metrics,
-    OptimizerConfig,
     create_state,
     cross_entropy,
     make_eval_step,

@@ -85,6 +85,9 @@ class Rounding:
 
         weight_i * (lo_i + q * value_range_i / (2^bits - 1))
 
+    Folding multiplies no entry by a weight: with ``v`` the other axis's weight, an entry is rounded
+    as ``int32((g - lo_i * (1 / v)) * (s_i * v))``, a subtraction before a product as everywhere.
+
     Attributes:
       lo: ``float32[kept groups]``, minimum of each kept group after folding.
       value_range: ``float32[kept groups]``, its range, at least ``rounding.MIN_RANGE``.

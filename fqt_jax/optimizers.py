@@ -1,0 +1,116 @@
+"""Optimizers, on Optax, with a learning rate for the head and one for the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from typing import Any
+
+import jax
+import optax
+
+from fqt_jax.tree import leaf_name
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """An optimizer with a rate for the head and one for the rest.
+
+    The defaults are those of arXiv 2408.14267, section 5: Adam with 1e-3 for the head and 1e-5 for
+    the rest, or SGD of momentum 0.9 with 1e-3 and 1e-4; weight decay 1e-5, added to the gradient;
+    cosine decay to zero.
+
+    Args:
+      name: ``"adam"``, ``"sgd"``, or any Optax optimizer that takes a learning rate.
+      learning_rate: of all parameters but the head's; ``None`` for the default.
+      head_learning_rate: of the parameters of the head; ``None`` for the default, or
+        ``learning_rate`` if that is given.
+      weight_decay: factor of the parameter that is added to its gradient.
+      momentum: of SGD.
+      schedule: ``"cosine"``, to zero over the run, or ``"constant"``.
+      head: regular expression that matches the names of the head's parameters, such as
+        ``head.kernel``.
+
+    Raises:
+      ValueError: an unknown name or schedule, or a number out of range.
+
+    Example:
+      >>> OptimizerConfig().rates()
+      (1e-05, 0.001)
+      >>> OptimizerConfig(learning_rate=1e-3).rates()
+      (0.001, 0.001)
+    """
+
+    name: str = "adam"
+    learning_rate: float | None = None
+    head_learning_rate: float | None = None
+    weight_decay: float = 1e-5
+    momentum: float = 0.9
+    schedule: str = "cosine"
+    head: str = r"head\..*"
+
+    def __post_init__(self) -> None:
+        known = self.name in ("adam", "sgd") or _takes_learning_rate(self.name)
+        if not known:
+            raise ValueError(
+                f"unknown optimizer {self.name!r}; use 'adam', 'sgd' or the name of an Optax "
+                "optimizer that takes a learning rate."
+            )
+        if self.schedule not in ("cosine", "constant"):
+            raise ValueError(f"schedule must be 'cosine' or 'constant'; got {self.schedule!r}.")
+        for field in ("learning_rate", "head_learning_rate"):
+            rate = getattr(self, field)
+            if rate is not None and not 0 <= rate < float("inf"):
+                raise ValueError(f"{field} must be a number from 0 on; got {rate}.")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise ValueError(f"weight_decay must be a number from 0 on; got {self.weight_decay}.")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1); got {self.momentum}.")
+
+    def rates(self) -> tuple[float, float]:
+        """Learning rates of the rest and of the head, with the defaults filled in."""
+        rest, head = (1e-4, 1e-3) if self.name == "sgd" else (1e-5, 1e-3)
+        if self.learning_rate is not None:
+            rest = head = self.learning_rate
+        return rest, head if self.head_learning_rate is None else self.head_learning_rate
+
+    def build(self, params: Any, total_steps: int) -> optax.GradientTransformation:
+        """The Optax optimizer for ``params`` over ``total_steps`` steps.
+
+        Raises:
+          ValueError: no parameter's path matches ``head`` although its rate differs.
+        """
+        rest, head = self.rates()
+        if rest == head:
+            return self._transform(rest, total_steps)
+        labels = jax.tree_util.tree_map_with_path(
+            lambda path, _: "head" if re.fullmatch(self.head, leaf_name(path)) else "rest", params
+        )
+        if "head" not in jax.tree.leaves(labels):
+            raise ValueError(f"no parameter's path matches the head's pattern {self.head!r}.")
+        transforms = {
+            "rest": self._transform(rest, total_steps),
+            "head": self._transform(head, total_steps),
+        }
+        return optax.partition(transforms, labels)
+
+    def _transform(self, rate: float, total_steps: int) -> optax.GradientTransformation:
+        schedule: Any = rate
+        if self.schedule == "cosine":
+            schedule = optax.cosine_decay_schedule(rate, max(1, total_steps))
+        if self.name == "sgd":
+            optimizer = optax.sgd(schedule, momentum=self.momentum or None)
+        else:
+            optimizer = getattr(optax, self.name)(schedule)
+        if self.weight_decay == 0:
+            return optimizer
+        return optax.chain(optax.add_decayed_weights(self.weight_decay), optimizer)
+
+
+def _takes_learning_rate(name: str) -> bool:
+    function = getattr(optax, name, None)
+    if not inspect.isfunction(function) or name.startswith("_"):
+        return False
+    parameters = inspect.signature(function).parameters
+    return next(iter(parameters), None) == "learning_rate"
