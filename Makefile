@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
+NATIVE := $(wildcard $(addprefix fqt_jax/kernels/csrc/, *.cc *.h *.inc CMakeLists.txt))
 
 .PHONY: finetune test lint format clean
 
@@ -30,7 +31,8 @@ $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("fqt_jax needs Python 3.11 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 
-# One stamp for each set of packages, newer than pyproject.toml once they are installed.
-$(VENV)/.experiments $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: pyproject.toml | $(VENV)/bin/python
+# One stamp for each set of packages, newer than pyproject.toml and the C++ sources once they are
+# installed and built.
+$(VENV)/.experiments $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: pyproject.toml $(NATIVE) | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$*]'
 	touch $@

@@ -102,7 +102,7 @@ def quantized(g: np.ndarray, rounding) -> tuple[np.ndarray, np.ndarray]:
     """The codes and the quantized gradient, both of the shape of ``g``, zero where dropped.
 
     ``rounding`` has the attributes of ``fqt_jax.kernels.Rounding``. The weights of the axis that
-    is not the groups' are folded into ``g``: ``(g - lo / weight) * (s * weight)``.
+    is not the groups' are folded into ``g``: ``(g - lo * (1 / weight)) * (s * weight)``.
     """
     g = np.asarray(g, np.float32)
     n, _, _, o = g.shape
@@ -124,7 +124,8 @@ def quantized(g: np.ndarray, rounding) -> tuple[np.ndarray, np.ndarray]:
     block = np.ix_(kept["samples"], range(g.shape[1]), range(g.shape[2]), kept["channels"])
     index = np.arange(g.size).reshape(g.shape)
     with np.errstate(divide="ignore", invalid="ignore"):
-        folded_lo, folded_scale = lo / other, code_scale(value_range, rounding.bits) * other
+        folded_lo = lo * (np.float32(1) / other)
+        folded_scale = code_scale(value_range, rounding.bits) * other
         q = codes(g[block], folded_lo, folded_scale, rounding.seed, index[block], rounding.bits)
         value = lo.astype(np.float64) + q * (value_range.astype(np.float64) / top)
         value = np.where((own == 0) | (other == 0), 0.0, own.astype(np.float64) * value)

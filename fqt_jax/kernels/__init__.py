@@ -25,7 +25,7 @@ from typing import Any
 import jax
 
 from fqt_jax.binarize import PackedBits
-from fqt_jax.kernels import xla
+from fqt_jax.kernels import native, xla
 from fqt_jax.kernels.contract import (
     Pair,
     Rounding,
@@ -36,7 +36,8 @@ from fqt_jax.kernels.contract import (
     check_rounding,
 )
 
-_IMPLEMENTATIONS: dict[str, ModuleType] = {"xla": xla}  # the order of preference
+# In the order of preference.
+_IMPLEMENTATIONS: dict[str, ModuleType] = {"native": native, "xla": xla}
 
 
 def implementations() -> dict[str, str]:

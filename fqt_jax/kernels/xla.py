@@ -111,9 +111,11 @@ def gradient_codes(g: jax.Array, rounding: Rounding) -> jax.Array:
     else:
         lo, scale = rounding.lo.reshape(1, 1, 1, -1), scale.reshape(1, 1, 1, -1)
         if rounding.samples is not None:
-            # (g * weight - lo) * scale, written as a subtraction followed by one product.
+            # (g * weight - lo) * scale, written as a subtraction followed by one product. XLA
+            # turns a division by a broadcast into a product with the inverse, where it sees one:
+            # with the inverse written out, the codes are the same everywhere.
             weight = _per_sample(rounding.samples.weights)
-            lo, scale = lo / weight, scale * weight
+            lo, scale = lo * (1 / weight), scale * weight
     return round_to_codes(g, lo, scale, rounding.seed, index, rounding.bits)
 
 

@@ -1,0 +1,4 @@
+#include "standard.h"
+
+#define FQT_ISA portable
+#include "kernels.inc"

@@ -1,0 +1,87 @@
+// The integer products, free of XLA: plain buffers in, tasks out.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "geometry.h"
+
+namespace fqt {
+
+// Bits of PackedBits: for each row (a sample, or the weights as the only row), `row_words` words.
+struct Bits {
+  const uint32_t* words;
+  int64_t row_words;
+};
+
+// The kept groups of an axis, in increasing order of index; see fqt_jax.pruning.Selection.
+// `indices` is null where everything is kept; `weights` is null where all weights are one.
+struct Kept {
+  int64_t count;
+  const int32_t* indices;
+  const float* weights;
+
+  int64_t index(int64_t slot) const { return indices ? indices[slot] : slot; }
+  float weight(int64_t slot) const { return weights ? weights[slot] : 1.0f; }
+};
+
+// fqt_jax.kernels.contract.Rounding. `lo` and `range` have one entry for each kept group.
+struct Rounding {
+  int bits;
+  uint32_t seed[2];
+  const float* lo;
+  const float* range;
+};
+
+// A product cut into tasks that may run in any order and on any threads. Integer sums do not
+// depend on the cut, and floats are computed entry by entry, so neither does the result.
+class Product {
+ public:
+  virtual ~Product() = default;
+  virtual int64_t tasks() const = 0;
+  virtual void run(int64_t task) = 0;  // may throw std::bad_alloc
+};
+
+// `threads` is how many may work on the tasks: it decides the cut, never the result.
+struct ForwardArgs {
+  Geometry geometry;
+  Bits x, w;
+  void* z;       // [n, oh, ow, o]
+  bool is_wide;  // z is int32 rather than int16
+  int64_t threads;
+};
+
+struct InputGradArgs {
+  Geometry geometry;
+  const float* g;  // [n, oh, ow, o]
+  Bits w;
+  Kept samples;
+  Rounding rounding;  // groups are the kept samples
+  float* dx;          // [n, h, w, c]
+  int64_t threads;
+};
+
+struct WeightGradArgs {
+  Geometry geometry;
+  const float* g;  // [n, oh, ow, o]
+  Bits x;
+  Kept samples, channels;
+  Rounding rounding;  // groups are the kept channels
+  float* dw;          // [kh, kw, c, o]
+  int64_t threads;
+};
+
+// One set of kernels, compiled for one instruction set.
+struct Kernels {
+  const char* isa;
+  std::unique_ptr<Product> (*forward)(const ForwardArgs&);
+  std::unique_ptr<Product> (*input_grad)(const InputGradArgs&);
+  std::unique_ptr<Product> (*weight_grad)(const WeightGradArgs&);
+};
+
+// Multiply-adds of the whole convolution, the measure of how much work there is.
+inline double work(const Geometry& g) {
+  return 1.0 * g.n * g.y.out * g.x.out * g.taps() * g.c * g.o;
+}
+
+}  // namespace fqt

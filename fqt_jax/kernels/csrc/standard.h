@@ -1,0 +1,14 @@
+// The standard headers of the kernels; see kernels.inc.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#include "buffer.h"
+#include "geometry.h"
+#include "product.h"

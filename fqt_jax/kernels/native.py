@@ -1,0 +1,146 @@
+"""C++ kernels for the CPU, called through XLA's foreign function interface.
+
+Products by table look-up: one byte shuffle looks up the sum of four products in as many channels
+as a vector has bytes (``csrc/tile.h``). Codes are rounded inside the kernel, tile by tile, and the
+samples and channels that were not kept are never read. The instruction set is chosen at import;
+the environment variable ``FQT_JAX_ISA`` (``portable``, ``avx2``, ``avx512``, ``neon``) forces one.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fqt_jax.binarize import PackedBits
+from fqt_jax.kernels.contract import Pair, Rounding, UnsupportedError, Window, sum_dtype
+from fqt_jax.pruning import Selection
+
+
+def _load() -> str | None:
+    """Registers the kernels; returns why they cannot be used, or ``None``."""
+    try:
+        import fqt_jax.kernels._native as _native
+    except ModuleNotFoundError:
+        return "the extension was not built (no C++ compiler when fqt_jax was installed?)"
+    except ImportError as error:
+        return f"the extension does not load: {error}"
+    isa = os.environ.get("FQT_JAX_ISA")
+    if isa:
+        try:
+            _native.select_isa(isa)
+        except ValueError as error:
+            supported = ", ".join(_native.supported_isas())
+            return f"FQT_JAX_ISA: {error}; it runs {supported}"
+    for name, capsule in _native.registrations().items():
+        jax.ffi.register_ffi_target(name, capsule, platform="cpu")
+    return None
+
+
+_LOAD_ERROR = _load()
+
+
+def unavailable() -> str | None:
+    """Why this implementation cannot run here; ``None`` when it can."""
+    if _LOAD_ERROR is not None:
+        return _LOAD_ERROR
+    if jax.default_backend() != "cpu":
+        return f"the kernels run on the CPU, and the backend is {jax.default_backend()}"
+    return None
+
+
+def forward(x: PackedBits, w: PackedBits, window: Window) -> jax.Array:
+    """See :func:`fqt_jax.kernels.forward`."""
+    n, (h, width, c), o = x.words.shape[0], x.shape, w.shape[3]
+    out = (n, *window.output_size((h, width)), o)
+    dtype = sum_dtype(math.prod(window.size) * c)
+    return _call(
+        "fqt_jax_forward", out, dtype, x.words, w.words, sizes=_sizes((h, width), c, o, window)
+    )
+
+
+def input_grad(
+    g: jax.Array, w: PackedBits, rounding: Rounding | None, window: Window, input_size: Pair
+) -> jax.Array:
+    """See :func:`fqt_jax.kernels.input_grad`."""
+    rounding = _rounding(rounding)
+    _, _, c, o = w.shape
+    _check_sums(math.prod(window.size) * o, rounding.bits)
+    return _call(
+        "fqt_jax_input_grad",
+        (g.shape[0], *input_size, c),
+        jnp.float32,
+        g,
+        w.words,
+        rounding.lo,
+        rounding.value_range,
+        rounding.seed,
+        *_selection(rounding.samples),
+        sizes=_sizes(input_size, c, o, window),
+        bits=np.int64(rounding.bits),
+        selects_samples=rounding.samples is not None,
+    )
+
+
+def weight_grad(
+    g: jax.Array, x: PackedBits, rounding: Rounding | None, window: Window
+) -> jax.Array:
+    """See :func:`fqt_jax.kernels.weight_grad`."""
+    rounding = _rounding(rounding)
+    if rounding.groups == "samples":
+        raise UnsupportedError("scales of samples lie inside the sum over samples")
+    h, width, c = x.shape
+    n, out_h, out_w, o = g.shape
+    samples = n if rounding.samples is None else rounding.samples.indices.shape[0]
+    _check_sums(samples * out_h * out_w, rounding.bits)
+    return _call(
+        "fqt_jax_weight_grad",
+        (*window.size, c, o),
+        jnp.float32,
+        g,
+        x.words,
+        rounding.lo,
+        rounding.value_range,
+        rounding.seed,
+        *_selection(rounding.samples),
+        *_selection(rounding.channels),
+        sizes=_sizes((h, width), c, o, window),
+        bits=np.int64(rounding.bits),
+        selects_samples=rounding.samples is not None,
+        selects_channels=rounding.channels is not None,
+    )
+
+
+def _rounding(rounding: Rounding | None) -> Rounding:
+    if rounding is None:
+        raise UnsupportedError("float gradients are left to XLA")
+    return rounding
+
+
+def _check_sums(terms: int, bits: int) -> None:
+    if terms * ((1 << bits) - 1) >= 2**31:
+        raise UnsupportedError(f"sums of {terms} codes of {bits} bits exceed int32")
+
+
+def _sizes(input_size: Pair, c: int, o: int, window: Window) -> np.ndarray:
+    (top, bottom), (left, right) = window.padding
+    sizes = (*input_size, c, o, *window.size, *window.strides, top, bottom, left, right)
+    return np.array(sizes, np.int64)
+
+
+def _selection(selection: Selection | None) -> tuple[jax.Array, jax.Array]:
+    if selection is None:
+        return jnp.zeros(0, jnp.int32), jnp.zeros(0, jnp.float32)
+    return selection.indices, selection.weights
+
+
+def _call(
+    name: str, shape: tuple[int, ...], dtype: Any, *operands: jax.Array, **attributes: Any
+) -> jax.Array:
+    """The one place that calls a kernel."""
+    call = jax.ffi.ffi_call(name, jax.ShapeDtypeStruct(shape, dtype), vmap_method="sequential")
+    return call(*operands, **attributes)
