@@ -10,7 +10,7 @@ NATIVE := $(wildcard $(addprefix fqt_jax/kernels/csrc/, *.cc *.h *.inc CMakeList
 .PHONY: finetune test lint format clean
 
 finetune: $(VENV)/.experiments
-	$(BIN)/python -m experiments.finetune $(ARGS)
+	$(BIN)/python -m experiments.finetune --learning-rate 1e-3 --epochs 10 --batch-size 64 $(ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n auto $(ARGS)

@@ -46,7 +46,12 @@ class _QuantLayer(nnx.Module):
         self.scale = (
             nnx.Param(weight_scale(self.kernel[...])) if recipe.scale == "learned" else None
         )
-        self.rounding = rngs["rounding"].fork() if recipe.gradient is not None else None
+        # A stream of its own name, whatever stream its key came from: nnx.reseed finds it.
+        self.rounding = (
+            nnx.RngStream(rngs["rounding"](), tag="rounding")
+            if recipe.gradient is not None
+            else None
+        )
         self.recipe = recipe
         self.implementation = implementation
 

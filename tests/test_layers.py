@@ -56,6 +56,13 @@ def test_each_call_rounds_anew_and_the_state_carries_the_stream():
     assert not np.array_equal(first, second)
 
 
+def test_the_stream_is_reseeded_by_its_name():
+    layer = fqt.QuantLinear(2, 2, rngs=nnx.Rngs(0))
+    before = layer.rounding()
+    nnx.reseed(layer, rounding=7)
+    assert layer.rounding() != before
+
+
 def test_leading_axes_are_the_batch():
     layer = fqt.QuantConv(4, 4, 3, recipe=fqt.QAT, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (2, 3, 5, 5, 4))
