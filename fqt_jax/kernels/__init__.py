@@ -25,7 +25,7 @@ from typing import Any
 import jax
 
 from fqt_jax.binarize import PackedBits
-from fqt_jax.kernels import packed, xla
+from fqt_jax.kernels import packed, pallas, xla
 from fqt_jax.kernels.contract import (
     Pair,
     Rounding,
@@ -36,7 +36,11 @@ from fqt_jax.kernels.contract import (
     check_rounding,
 )
 
-_IMPLEMENTATIONS: dict[str, ModuleType] = {"xla": xla, "packed": packed}  # by preference
+_IMPLEMENTATIONS: dict[str, ModuleType] = {  # by preference
+    "pallas": pallas,
+    "xla": xla,
+    "packed": packed,
+}
 
 
 def implementations() -> dict[str, str]:

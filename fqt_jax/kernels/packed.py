@@ -8,8 +8,8 @@ left operand meets a row of bytes of the right one::
 
 Counts of :data:`_CHUNK` bytes are added as bytes, which keeps 32 lanes in an AVX2 register, and
 only then widened. Measured on two shared AVX2 cores for 3x3 layers of VGG-16 at batch 128, in G
-one-bit multiply-adds/s: forward 30 to 55 (XLA's float convolution beside it: 6 to 8), input gradient
-16 to 52, weight gradient 16 to 24 at four bits a code.
+one-bit multiply-adds/s: forward 30 to 55 (XLA's float convolution beside it: 6 to 8), input
+gradient 16 to 52, weight gradient 16 to 24, one code counting as four.
 
 Work goes by blocks of samples (forward, input gradient) or rows of the window (weight gradient), so
 that no operand of the contraction is ever unpacked to floats as a whole.
@@ -63,12 +63,12 @@ def forward(x: PackedBits, w: PackedBits, window: Window) -> jax.Array:
     outside = jnp.sum(tap_sums, axis=(0, 1), keepdims=True) - inside
 
     def sample(bits: jax.Array) -> jax.Array:
-        taps = _taps(bits, window, (out_h, out_w))
+        taps = tap_columns(bits, window, (out_h, out_w))
         differing = _count(jnp.bitwise_xor, taps.reshape(out_h * out_w, -1), columns)
         differing = differing.reshape(out_h, out_w, o)
         return (jnp.int32(kh * kw * c) - 2 * differing + outside).astype(dtype)
 
-    return lax.map(sample, _channel_bytes(x), batch_size=_block(out_h * out_w * o))
+    return lax.map(sample, channel_bytes(x), batch_size=_block(out_h * out_w * o))
 
 
 def input_grad(
@@ -93,13 +93,13 @@ def input_grad(
     def sample(codes: jax.Array) -> jax.Array:
         codes = codes.astype(jnp.uint8)
         planes = jnp.stack([pack_bytes((codes >> i) & 1, axis=2) for i in range(bits)])
-        taps = jax.vmap(lambda a: _taps(_spread(a, window, input_size), flipped, input_size))(
+        taps = jax.vmap(lambda a: tap_columns(spread(a, window, input_size), flipped, input_size))(
             planes
         )
         counts = _count(jnp.bitwise_and, taps.reshape(bits * h * width, -1), columns)
         both = _weigh_planes(counts.reshape(bits, h, width, c))
         totals = jnp.sum(codes, axis=2, keepdims=True, dtype=jnp.int32)
-        totals = _taps(_spread(totals, window, input_size), flipped, input_size)
+        totals = tap_columns(spread(totals, window, input_size), flipped, input_size)
         return 2 * both - jnp.sum(totals, axis=2, keepdims=True)
 
     sums = lax.map(sample, codes, batch_size=_block(bits * h * width * c))
@@ -166,7 +166,7 @@ def pack_bytes(bits: jax.Array, axis: int) -> jax.Array:
     return jnp.sum(bits.reshape(shape) << shifts, axis=axis + 1, dtype=jnp.uint8)
 
 
-def _channel_bytes(x: PackedBits) -> jax.Array:
+def channel_bytes(x: PackedBits) -> jax.Array:
     """``uint8[N, H, W, ceil(C / 8)]``."""
     h, w, c = x.shape
     if c % 32:
@@ -174,7 +174,7 @@ def _channel_bytes(x: PackedBits) -> jax.Array:
     return lax.bitcast_convert_type(x.words, jnp.uint8).reshape(-1, h, w, c // 8)
 
 
-def _taps(x: jax.Array, window: Window, out: Pair) -> jax.Array:
+def tap_columns(x: jax.Array, window: Window, out: Pair) -> jax.Array:
     """``[H', W', kh * kw * K]``: what each position of ``x[H, W, K]`` sees, zeros outside."""
     padded = jnp.pad(x, (*window.padding, (0, 0)))
     (down, across), (kh, kw) = window.strides, window.size
@@ -190,7 +190,7 @@ def _taps(x: jax.Array, window: Window, out: Pair) -> jax.Array:
     )
 
 
-def _spread(a: jax.Array, window: Window, input_size: Pair) -> jax.Array:
+def spread(a: jax.Array, window: Window, input_size: Pair) -> jax.Array:
     """Puts the strides between the entries of ``a[H', W', K]``, and around it zeros."""
     config = []
     for axis in (0, 1):
