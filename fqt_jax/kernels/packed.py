@@ -227,7 +227,7 @@ def _count(
 
 def _weigh_planes(counts: jax.Array) -> jax.Array:
     """``sum_i 2^i counts[i]``."""
-    weights = jnp.int32(1) << jnp.arange(counts.shape[0])
+    weights = jnp.int32(1) << jnp.arange(counts.shape[0], dtype=jnp.int32)
     return jnp.sum(counts * weights.reshape(-1, *[1] * (counts.ndim - 1)), axis=0)
 
 

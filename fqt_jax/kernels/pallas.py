@@ -181,7 +181,9 @@ def input_grad(
         left = [(columns, pl.BlockSpec((rows, columns.shape[1]), lambda i, j: (i, 0)))]
     else:
         lo, scale = (a.reshape(-1) for a in code_grid(rounding))
-        kept = jnp.arange(n) if rounding.samples is None else rounding.samples.indices
+        kept = (
+            jnp.arange(n, dtype=jnp.int32) if rounding.samples is None else rounding.samples.indices
+        )
         operands = [g.reshape(-1, o), lo, scale, kept, rounding.seed]
         left = [(a, _whole(a)) for a in operands]
     shape = (-(-positions // rows) * rows, weights.shape[1])
@@ -239,10 +241,10 @@ def weight_grad(
         ]
     else:
         lo, scale = (a.reshape(-1, o) for a in code_grid(rounding))
-        numbers = jnp.arange(n)
+        numbers = jnp.arange(n, dtype=jnp.int32)
         if samples is not None:
             numbers = jnp.where(samples.weights == 0, jnp.int32(-1), samples.indices)
-        which = jnp.arange(o) if channels is None else channels.indices
+        which = jnp.arange(o, dtype=jnp.int32) if channels is None else channels.indices
         flat = signs.reshape(n * h * width, -1)
         arrays = [flat, g.reshape(-1, g.shape[3]), lo, scale, numbers, which, rounding.seed]
         operands = [(a, _whole(a)) for a in arrays]
