@@ -25,7 +25,7 @@ from typing import Any
 import jax
 
 from fqt_jax.binarize import PackedBits
-from fqt_jax.kernels import native, xla
+from fqt_jax.kernels import native, packed, pallas, xla
 from fqt_jax.kernels.contract import (
     Pair,
     Rounding,
@@ -36,8 +36,12 @@ from fqt_jax.kernels.contract import (
     check_rounding,
 )
 
-# In the order of preference.
-_IMPLEMENTATIONS: dict[str, ModuleType] = {"native": native, "xla": xla}
+_IMPLEMENTATIONS: dict[str, ModuleType] = {  # by preference
+    "native": native,
+    "xla": xla,
+    "pallas": pallas,  # after xla until it was measured against it on a GPU
+    "packed": packed,
+}
 
 
 def implementations() -> dict[str, str]:
