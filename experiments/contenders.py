@@ -57,13 +57,15 @@ class Setting:
 
     def create_model(self) -> Any:
         """The float model, from a fixed seed."""
+        # XLA takes far longer to compile threefry for each shape than this generator.
+        key = jax.random.key(0, impl="unsafe_rbg")
         return create_model(
             self.model,
             num_classes=self.num_classes,
             in_features=self.in_features,
             width=self.width,
             stem=self.stem,
-            rngs=nnx.Rngs(0),
+            rngs=nnx.Rngs(key),
         )
 
     def batch(self) -> tuple[np.ndarray, np.ndarray]:
@@ -114,21 +116,25 @@ class JaxContender:
 
     def build(self, setting: Setting) -> None:
         """See :class:`Contender`."""
-        model = setting.create_model()
         recipes: dict[str, Recipe] = {}
-        if self._recipe is not None:
-            model, table = quantize(model, self._recipe, implementation=self._implementation)
-            recipes = {row.path: row.recipe for row in table}
+
+        def start() -> Any:
+            model = setting.create_model()
+            if self._recipe is not None:
+                model, table = quantize(model, self._recipe, implementation=self._implementation)
+                recipes.update((row.path, row.recipe) for row in table)
+            self._optimizer = OptimizerConfig(
+                learning_rate=LEARNING_RATE, weight_decay=0.0, schedule="constant"
+            ).build(nnx.state(model, nnx.Param), 1)
+            self._graphdef, state = create_state(model, self._optimizer)
+            return state, _zeros(state.params)
+
+        # One compiled program in place of some hundred small ones.
+        self._state, self._grads = jax.jit(start)()
         self._products = step_products(layers_of(setting), recipes)
-        optimizer = OptimizerConfig(
-            learning_rate=LEARNING_RATE, weight_decay=0.0, schedule="constant"
-        ).build(nnx.state(model, nnx.Param), 1)
-        graphdef, self._state = create_state(model, optimizer)
-        self._grads = jax.tree.map(jnp.zeros_like, self._state.params)
         images, labels = map(jnp.asarray, setting.batch())
         indices = jnp.arange(setting.batch_size, dtype=jnp.int32)
         self._batch = (images, labels, indices, jax.random.key(0))
-        self._graphdef, self._optimizer = graphdef, optimizer
 
     # Compiled at their first use: who only wants whole steps need not wait for the parts.
 

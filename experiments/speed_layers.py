@@ -69,6 +69,11 @@ class Operands:
             },
         )
 
+    def on(self, device: jax.Device) -> Operands:
+        """The same on a device."""
+        x, w, g, rounding = jax.device_put((self.x, self.w, self.g, self.rounding), device)
+        return Operands(self.layer, x, w, g, rounding)
+
     def product(self, name: str, implementation: str) -> Callable[[], jax.Array]:
         """One of :data:`CHECKED`, compiled, as a call that waits for its result.
 
@@ -250,7 +255,7 @@ def check(
         expected = []
         for operands in every:
             with jax.default_device(cpu):
-                on_cpu = jax.device_put(operands, cpu)
+                on_cpu = operands.on(cpu)
                 expected.append(np.asarray(on_cpu.product(name, "xla")()))
         reference = [_median_time(operands.product(name, "xla"), repeats) for operands in every]
         for each in implementations:
@@ -286,8 +291,8 @@ def difference(got: np.ndarray, want: np.ndarray, product: str) -> float:
     if product == "forward":
         return float(delta.max(initial=0.0))
     axes = (1, 2, 3) if product.startswith("input_grad") else (0, 1, 2)
-    largest = np.abs(want).max(axes, keepdims=True)
-    return float(np.where(delta == 0, 0.0, delta / np.maximum(largest, 1e-300)).max(initial=0.0))
+    largest = np.abs(want).max(axes, keepdims=True).astype(np.float64)
+    return float((delta / np.maximum(largest, np.finfo(np.float32).tiny)).max(initial=0.0))
 
 
 def _median_time(run: Callable[[], Any], repeats: int) -> float:
