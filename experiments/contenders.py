@@ -1,0 +1,378 @@
+"""What experiments.speed compares: ways to run one training step of one model."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from experiments.cli import UserError
+from fqt_jax.convert import quantize
+from fqt_jax.functional import resolve_window
+from fqt_jax.kernels import check_implementation, implementations
+from fqt_jax.kernels.contract import Window
+from fqt_jax.layers import QuantConv
+from fqt_jax.models import create_model
+from fqt_jax.recipe import FQT1, FULL_PRECISION, RECIPES, Recipe
+from fqt_jax.training import OptimizerConfig, create_state, cross_entropy, make_train_step
+
+PHASES = ("forward", "forward_backward", "update", "total")
+LEARNING_RATE = 1e-3
+
+SPEED_RECIPES: dict[str, Recipe] = {
+    **RECIPES,
+    "fqt1_shared": dataclasses.replace(FQT1, prune="shared"),
+}
+"""The named recipes, and FQT1 with the input gradient's samples kept for the weight gradient."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """The model and the data of a step."""
+
+    model: str
+    width: float
+    batch_size: int
+    image_size: int
+    num_classes: int = 10
+    in_features: int = 3
+
+    @property
+    def stem(self) -> str:
+        """A ResNet's stem, as in :class:`experiments.config.RunConfig`."""
+        return "imagenet" if self.image_size >= 96 else "small"
+
+    @property
+    def image_shape(self) -> tuple[int, int, int, int]:
+        """``[N, H, W, C]``."""
+        return (self.batch_size, self.image_size, self.image_size, self.in_features)
+
+    def create_model(self) -> Any:
+        """The float model, from a fixed seed."""
+        # XLA takes far longer to compile threefry for each shape than this generator.
+        key = jax.random.key(0, impl="unsafe_rbg")
+        return create_model(
+            self.model,
+            num_classes=self.num_classes,
+            in_features=self.in_features,
+            width=self.width,
+            stem=self.stem,
+            rngs=nnx.Rngs(key),
+        )
+
+    def batch(self) -> tuple[np.ndarray, np.ndarray]:
+        """Random images and labels."""
+        rng = np.random.default_rng(0)
+        labels = rng.integers(0, self.num_classes, self.batch_size).astype(np.int32)
+        return rng.standard_normal(self.image_shape, np.float32), labels
+
+
+class Contender(Protocol):
+    """One way to run a training step. To add one, implement this and add it to the registry."""
+
+    name: str
+
+    def build(self, setting: Setting) -> None:
+        """Makes the model; what is compiled may be left to the first call."""
+
+    def step(self) -> None:
+        """Runs one whole training step and waits for its end."""
+
+    def phases(self) -> dict[str, Callable[[], None]]:
+        """Parts of a step, by their names in ``PHASES``; each waits for its end."""
+
+    def details(self) -> dict[str, Any]:
+        """What is known without running: ``products`` of a step, ``memory`` of the compiled one."""
+
+
+class JaxContender:
+    """A step of :func:`fqt_jax.training.make_train_step` with Adam.
+
+    Args:
+      name: how it is called.
+      recipe: the recipe that the model is converted by; ``None`` leaves it as its user wrote it.
+      implementation: of the kernels.
+      step_options: further arguments of ``make_train_step``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        recipe: Recipe | None,
+        implementation: str | None = None,
+        step_options: Mapping[str, Any] | None = None,
+    ):
+        self.name = name
+        self._recipe, self._implementation = recipe, implementation
+        self._step_options = dict(step_options or {})
+
+    def build(self, setting: Setting) -> None:
+        """See :class:`Contender`."""
+        recipes: dict[str, Recipe] = {}
+
+        def start() -> Any:
+            model = setting.create_model()
+            if self._recipe is not None:
+                model, table = quantize(model, self._recipe, implementation=self._implementation)
+                recipes.update((row.path, row.recipe) for row in table)
+            self._optimizer = OptimizerConfig(
+                learning_rate=LEARNING_RATE, weight_decay=0.0, schedule="constant"
+            ).build(nnx.state(model, nnx.Param), 1)
+            self._graphdef, state = create_state(model, self._optimizer)
+            return state, _zeros(state.params)
+
+        # One compiled program in place of some hundred small ones.
+        self._state, self._grads = jax.jit(start)()
+        self._products = step_products(layers_of(setting), recipes)
+        images, labels = map(jnp.asarray, setting.batch())
+        indices = jnp.arange(setting.batch_size, dtype=jnp.int32)
+        self._batch = (images, labels, indices, jax.random.key(0))
+
+    # Compiled at their first use: who only wants whole steps need not wait for the parts.
+
+    @functools.cached_property
+    def _total(self) -> Any:
+        return self._compile_step(self._optimizer, self._state)
+
+    @functools.cached_property
+    def _forward_backward(self) -> Any:
+        """The same step under an optimizer that only keeps the gradients."""
+        return self._compile_step(_KEEP_GRADIENTS, self._with_grads())
+
+    @functools.cached_property
+    def _forward(self) -> Any:
+        return _forward(self._graphdef).lower(self._state, *self._batch[:2]).compile()
+
+    @functools.cached_property
+    def _update(self) -> Any:
+        operands = (self._grads, self._state.opt_state, self._state.params)
+        return _update(self._optimizer).lower(*operands).compile()
+
+    def _compile_step(self, optimizer: optax.GradientTransformation, state: Any) -> Any:
+        step: Any = make_train_step(self._graphdef, optimizer, **self._step_options)
+        return step.lower(state, *self._batch).compile()
+
+    def _with_grads(self) -> Any:
+        return dataclasses.replace(self._state, opt_state=self._grads)
+
+    def step(self) -> None:
+        """See :class:`Contender`."""
+        self._state, loss = self._total(self._state, *self._batch)
+        jax.block_until_ready((self._state, loss))
+
+    def phases(self) -> dict[str, Callable[[], None]]:
+        """See :class:`Contender`."""
+        return {
+            "forward": self._run_forward,
+            "forward_backward": self._run_forward_backward,
+            "update": self._run_update,
+        }
+
+    def _run_forward(self) -> None:
+        jax.block_until_ready(self._forward(self._state, *self._batch[:2]))
+
+    def _run_forward_backward(self) -> None:
+        opt_state = self._state.opt_state
+        new, _ = jax.block_until_ready(self._forward_backward(self._with_grads(), *self._batch))
+        self._grads = new.opt_state
+        self._state = dataclasses.replace(new, opt_state=opt_state)
+
+    def _run_update(self) -> None:
+        state = self._state
+        params, opt_state = self._update(self._grads, state.opt_state, state.params)
+        jax.block_until_ready((params, opt_state))
+        self._state = dataclasses.replace(state, params=params, opt_state=opt_state)
+
+    def details(self) -> dict[str, Any]:
+        """See :class:`Contender`."""
+        analysis = self._total.memory_analysis()
+        names = ("temp", "argument", "output", "alias")
+        memory = analysis and {n: getattr(analysis, f"{n}_size_in_bytes") for n in names}
+        return {"products": self._products, "memory": memory or None}
+
+
+def _forward(graphdef: Any) -> Any:
+    @jax.jit
+    def forward(state: Any, images: jax.Array, labels: jax.Array) -> Any:
+        model = nnx.merge(graphdef, state.params, state.others, copy=True)
+        model.train()
+        loss = jnp.mean(cross_entropy(model(images), labels))
+        return loss, nnx.split(model, nnx.Param, ...)[2]
+
+    return forward
+
+
+def _update(optimizer: optax.GradientTransformation) -> Any:
+    @functools.partial(jax.jit, donate_argnums=(1, 2))
+    def update(grads: Any, opt_state: Any, params: Any) -> Any:
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    return update
+
+
+def _zeros(tree: Any) -> Any:
+    return jax.tree.map(jnp.zeros_like, tree)
+
+
+_KEEP_GRADIENTS = optax.GradientTransformation(_zeros, lambda g, state, params=None: (_zeros(g), g))
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerShape:
+    """A layer as the kernels see it.
+
+    Attributes:
+      path: where it stands in the model.
+      input: ``(N, H, W, C)``.
+      output: ``(N, H', W', O)``.
+      window: of the convolution; 1x1 for a dense layer.
+    """
+
+    path: str
+    input: tuple[int, int, int, int]
+    output: tuple[int, int, int, int]
+    window: Window
+
+    @property
+    def products(self) -> int:
+        """Multiply-adds of its forward pass."""
+        return math.prod(self.output) * math.prod(self.window.size) * self.input[3]
+
+
+def layers_of(setting: Setting) -> list[LayerShape]:
+    """The convolutions and dense layers of the model, in its order, with the shapes they meet."""
+    seen: dict[str, LayerShape] = {}
+    paths = []
+
+    def run(images: jax.Array) -> jax.Array:
+        model, table = quantize(setting.create_model(), FULL_PRECISION)
+        for row in table:
+            paths.append(row.path)
+            *parents, name = row.path.split("/")
+            parent = functools.reduce(_child, parents, model)
+            spy = _Spy(row.path, _child(parent, name), seen)
+            if isinstance(parent, nnx.List):
+                parent[int(name)] = spy
+            else:
+                setattr(parent, name, spy)
+        model.eval()
+        logits: jax.Array = model(images)
+        return logits
+
+    jax.eval_shape(run, jax.ShapeDtypeStruct(setting.image_shape, jnp.float32))
+    return [seen[path] for path in paths]
+
+
+def _child(module: Any, name: str) -> Any:
+    return module[int(name)] if isinstance(module, nnx.List) else getattr(module, name)
+
+
+class _Spy(nnx.Module):
+    """Stands in a layer's place and notes the shapes that pass."""
+
+    def __init__(self, path: str, layer: Any, seen: dict[str, LayerShape]):
+        self.layer = layer
+        self._note = lambda *shape: seen.update({path: LayerShape(path, *shape)})
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.layer(x)
+        if isinstance(self.layer, QuantConv):
+            size = self.layer.kernel.shape[:2]
+            window = resolve_window(size, x.shape[1:3], self.layer.strides, self.layer.padding)
+            self._note(x.shape, y.shape, window)
+        else:
+            self._note((x.shape[0], 1, 1, x.shape[1]), (y.shape[0], 1, 1, y.shape[1]), Window())
+        return y
+
+
+def step_products(layers: Sequence[LayerShape], recipes: Mapping[str, Recipe]) -> int:
+    """Multiply-adds of a step's convolutions and dense layers that the recipes leave to be done.
+
+    Args:
+      layers: of the model; the first needs no input gradient.
+      recipes: by a layer's path; full precision where there is none.
+    """
+    total = 0.0
+    for i, layer in enumerate(layers):
+        recipe = recipes.get(layer.path, FULL_PRECISION)
+        of_input, of_weight = kept_fractions(layer, recipe)
+        total += layer.products * (1 + of_weight + (of_input if i else 0))
+    return round(total)
+
+
+def kept_fractions(layer: LayerShape, recipe: Recipe) -> tuple[float, float]:
+    """The parts of the input and the weight gradient's products that a recipe keeps."""
+    gradient = recipe.gradient
+    if gradient is None:
+        return 1.0, 1.0
+    n, o = layer.output[0], layer.output[3]
+    samples, channels = gradient.kept(n) / n, gradient.kept(o) / o
+    return samples, channels if recipe.prune == "channels" else samples
+
+
+class Roster:
+    """The contenders of a run, and why others were left out.
+
+    Args:
+      recipes: names of recipes.
+      implementations: names of the kernels' implementations; empty for the preferred one that is
+        available, ``"all"`` for all that are.
+      chosen: names of contenders; empty for all.
+
+    Raises:
+      UserError: an unknown contender, or one that was named and is missing here.
+      ValueError: an unknown implementation, or one that is not available.
+    """
+
+    def __init__(
+        self, recipes: Sequence[str], implementations: Sequence[str], chosen: Sequence[str]
+    ):
+        from experiments.speed_torch import TorchContender, missing
+
+        everything: dict[str, Contender] = {"torch": TorchContender("torch")}
+        everything["jax"] = JaxContender("jax", None)
+        for name in recipes:
+            recipe = SPEED_RECIPES[name]
+            if not recipe.binary:
+                everything[name] = JaxContender(name, recipe)
+                continue
+            for each in resolve_implementations(implementations):
+                key = f"{name}/{each}"
+                everything[key] = JaxContender(key, recipe, each)
+        for name in chosen:
+            if name not in everything:
+                raise UserError(f"unknown contender {name!r}; known: {', '.join(everything)}.")
+        self.left_out: list[str] = []
+        reason = missing()
+        if reason is not None:
+            if "torch" in chosen:
+                raise UserError(reason)
+            del everything["torch"]
+            if not chosen:
+                self.left_out.append(reason)
+        self.contenders = [c for name, c in everything.items() if not chosen or name in chosen]
+
+
+def resolve_implementations(names: Sequence[str]) -> list[str]:
+    """Names of implementations: none means the preferred one, ``"all"`` all that are available.
+
+    Raises:
+      ValueError: an unknown implementation, or one that is not available.
+    """
+    available = [name for name, state in implementations().items() if state == "available"]
+    if not names:
+        return available[:1]
+    if "all" in names:
+        return available
+    for name in names:
+        check_implementation(name)
+    return list(dict.fromkeys(names))

@@ -1,0 +1,198 @@
+"""How fast a training step is, against the same model in float in JAX and in PyTorch.
+
+    python -m experiments.speed --model vgg16 --json speed.json --plot speed.png
+    python -m experiments.speed --layers     # kernel by kernel
+    python -m experiments.speed --check      # do all implementations agree? e.g. on a GPU
+
+The contenders take turns in one process, so that a slow spell of the machine hits all alike. They
+are torch (PyTorch, fp32), jax (fp32 as a user writes it), full_precision (fp32 with the library's
+convolutions) and the recipes, as recipe/implementation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from experiments import cli, machine, speed_report
+from experiments.cli import UserError
+from experiments.contenders import SPEED_RECIPES, Roster, Setting, resolve_implementations
+from experiments.speed_layers import check, measure_layers
+from experiments.speed_steps import measure_rss, measure_steps, say
+from fqt_jax.models import MODELS
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeedConfig:
+    """What is measured."""
+
+    model: str = "vgg16"
+    """Model: vgg_small, vgg11, vgg13, vgg16, vgg19, resnet18 or resnet34."""
+    width: float = 1.0
+    """Factor on the model's number of channels."""
+    batch_size: int = 128
+    """Images in a step."""
+    image_size: int = 32
+    """Height and width of the images; a ResNet has its ImageNet stem from 96 on."""
+
+    recipes: tuple[str, ...] = ("fqt1", "fqt1_shared", "psq1", "qat", "full_precision")
+    """The library's recipes; fqt1_shared is fqt1 with prune=shared."""
+    implementations: tuple[str, ...] = ()
+    """Of the kernels: names, or all for all that are available; the default is the preferred one,
+    and all of them with --check and --layers."""
+    contenders: tuple[str, ...] = ()
+    """Only these, such as torch jax fqt1/xla; the default is all."""
+    threads: tuple[str, ...] = ("1", "all")
+    """Numbers of processors to use, one run for each; all: every one there is."""
+
+    repeats: int = 5
+    """Measurements of each time; the median counts."""
+    warmup: int = 1
+    """Runs of each before those; the first compiles."""
+    memory: bool = False
+    """Measure the peak of resident memory too, in a process for each contender."""
+    layers: bool = False
+    """Time the kernels on each quantized layer, instead of steps."""
+    check: bool = False
+    """Compare the implementations with the reference (with at most 8 images), instead of timing
+    steps; the exit status is 1 if one differs."""
+
+    json: pathlib.Path | None = None
+    """Write everything that was measured to this file."""
+    plot: pathlib.Path | None = None
+    """Draw the steps' times to this file."""
+
+    def __post_init__(self) -> None:
+        if self.model not in MODELS:
+            raise UserError(f"unknown model {self.model!r}; known models: {', '.join(MODELS)}.")
+        for name in self.recipes:
+            if name not in SPEED_RECIPES:
+                known = ", ".join(SPEED_RECIPES)
+                raise UserError(f"unknown recipe {name!r}; known recipes: {known}.")
+        for name, lowest in (("batch_size", 1), ("image_size", 1), ("repeats", 1), ("warmup", 1)):
+            if getattr(self, name) < lowest:
+                raise UserError(f"{name} must be at least {lowest}; got {getattr(self, name)}.")
+        if not self.width > 0:
+            raise UserError(f"width must be positive; got {self.width}.")
+        if self.plot is not None and (self.layers or self.check):
+            raise UserError("plot draws the times of steps, which layers and check leave out.")
+        if self.memory and (self.layers or self.check):
+            raise UserError("memory is that of steps, which layers and check leave out.")
+        self.thread_counts()
+
+    def thread_counts(self) -> list[int]:
+        """``threads`` as numbers."""
+        most = machine.available_cpus()
+        counts = []
+        for text in self.threads:
+            if text != "all" and not (text.isdecimal() and 1 <= int(text) <= most):
+                raise UserError(f"threads must be from 1 to {most}, or all; got {text!r}.")
+            counts.append(most if text == "all" else int(text))
+        if min(counts, default=most) < most and not hasattr(os, "sched_setaffinity"):
+            raise UserError(
+                "this system cannot confine a process to some processors: --threads all."
+            )
+        return list(dict.fromkeys(counts))
+
+    def setting(self) -> Setting:
+        """The model and the data."""
+        batch_size = min(self.batch_size, 8) if self.check else self.batch_size
+        return Setting(self.model, self.width, batch_size, self.image_size)
+
+    def request(self, kind: str, threads: int, contender: str | None = None) -> dict[str, Any]:
+        """What :func:`measure` takes, as JSON values."""
+        return {
+            "kind": kind,
+            "threads": threads,
+            "setting": dataclasses.asdict(self.setting()),
+            "recipes": list(self.recipes),
+            "implementations": list(self.implementations),
+            "contenders": list(self.contenders if contender is None else [contender]),
+            "warmup": self.warmup,
+            "repeats": self.repeats,
+        }
+
+
+def measure(request: dict[str, Any]) -> dict[str, Any]:
+    """Carries out one request in this process; see :meth:`SpeedConfig.request`."""
+    setting = Setting(**request["setting"])
+    counts = {"warmup": request["warmup"], "repeats": request["repeats"]}
+    result: dict[str, Any] = {"threads": request["threads"], "machine": machine.describe()}
+    if request["kind"] in ("layers", "check"):
+        names = resolve_implementations(request["implementations"] or ["all"])
+        if request["kind"] == "layers":
+            return result | measure_layers(setting, names, **counts)
+        lines = []
+        for line in check(setting, names, repeats=request["repeats"]):
+            say(speed_report.check_line(line))
+            lines.append(line)
+        return result | {"check": lines}
+    roster = Roster(request["recipes"], request["implementations"], request["contenders"])
+    if request["kind"] == "rss":
+        return measure_rss(setting, roster.contenders[0])
+    result["left_out"] = roster.left_out
+    return result | measure_steps(setting, roster.contenders, **counts)
+
+
+def in_process(request: dict[str, Any]) -> dict[str, Any]:
+    """Carries out a request in a process of its own.
+
+    Raises:
+      UserError: the request does not fit, or the process was killed.
+    """
+    # Memory of an accelerator as it is needed, so that a peak means something.
+    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
+    with tempfile.TemporaryDirectory() as folder:
+        ask, answer = pathlib.Path(folder, "request.json"), pathlib.Path(folder, "result.json")
+        ask.write_text(json.dumps(request))
+        command = [sys.executable, "-m", "experiments.speed_worker", str(ask), str(answer)]
+        status = subprocess.run(command, env=environment, check=False).returncode
+        if status == cli.INTERRUPTED:
+            raise KeyboardInterrupt
+        if status < 0:
+            raise UserError(f"the measuring process was ended by signal {-status}: out of memory?")
+        if status > 0:
+            raise UserError("the measuring process failed; its error is above.")
+        result: dict[str, Any] = json.loads(answer.read_text())
+    if "error" in result:
+        raise UserError(result["error"])
+    return result
+
+
+def main(config: SpeedConfig) -> None:
+    """Runs the experiment."""
+    for path in (config.json, config.plot):
+        if path is not None:
+            path.open("a").close()
+    options = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("json", "plot")}
+    report: dict[str, Any] = {"options": options, "runs": [], "layers": [], "check": []}
+    if config.check:
+        report["check"] = [in_process(config.request("check", max(config.thread_counts())))]
+    for threads in config.thread_counts():
+        if config.layers:
+            say(f"{threads} threads: layers")
+            report["layers"].append(in_process(config.request("layers", threads)))
+        elif not config.check:
+            say(f"{threads} threads: steps")
+            run = in_process(config.request("steps", threads))
+            for name, result in run["contenders"].items() if config.memory else ():
+                say(f"  resident memory of {name}")
+                result["rss"] = in_process(config.request("rss", threads, name))
+            report["runs"].append(run)
+    print(speed_report.tables(report, config.setting()))
+    if config.json is not None:
+        config.json.write_text(json.dumps(report, indent=1) + "\n")
+    if config.plot is not None:
+        speed_report.plot(report["runs"], config.setting(), config.plot)
+    if not all(line["ok"] for run in report["check"] for line in run["check"]):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    cli.run(main, SpeedConfig)

@@ -1,0 +1,120 @@
+"""Times training steps: the contenders take turns, so that a slow spell of the machine hits all."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from experiments import machine
+from experiments.contenders import PHASES, Contender, Setting
+
+_SETTLE = 0.05
+"""Seconds between contenders, in which the threads of the one before stop spinning."""
+
+
+def say(line: str) -> None:
+    """Reports progress on the standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def timed(run: Callable[[], None]) -> float:
+    """Milliseconds that a call takes."""
+    time.sleep(_SETTLE)
+    start = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def summarize(samples: Sequence[float]) -> dict[str, Any]:
+    """Median, minimum and maximum of samples, and the samples."""
+    return {
+        "median": statistics.median(samples),
+        "min": min(samples),
+        "max": max(samples),
+        "samples": list(samples),
+    }
+
+
+def measure_steps(
+    setting: Setting, contenders: Sequence[Contender], *, warmup: int, repeats: int
+) -> dict[str, Any]:
+    """Builds the contenders and times their steps and the parts of these, in turns.
+
+    Returns:
+      ``dot_rate``, the machine's fp32 rate in G multiply-adds/s, and ``contenders``, by name:
+      ``phases`` with the summary of each in ms, and what :func:`compare` adds.
+    """
+    # At both ends of the run, and the better of the two: it stands for what the machine can do.
+    rate = machine.dot_rate()
+    runs: dict[str, dict[str, Callable[[], None]]] = {}
+    for i, contender in enumerate(contenders):
+        say(f"  building {contender.name} ({i + 1} of {len(contenders)})")
+        contender.build(setting)
+        runs[contender.name] = {**contender.phases(), "total": contender.step}
+        for run in runs[contender.name].values():
+            for _ in range(warmup):
+                run()
+    samples: dict[str, dict[str, list[float]]] = {
+        name: {phase: [] for phase in of_one} for name, of_one in runs.items()
+    }
+    for i in range(repeats):
+        start = time.perf_counter()
+        for phase in PHASES:
+            for name, of_one in runs.items():
+                if phase in of_one:
+                    samples[name][phase].append(timed(of_one[phase]))
+        say(f"  repeat {i + 1} of {repeats}: {time.perf_counter() - start:.1f} s")
+    results = {
+        c.name: {
+            "phases": {phase: summarize(s) for phase, s in samples[c.name].items()},
+            **c.details(),
+        }
+        for c in contenders
+    }
+    rate = max(rate, machine.dot_rate())
+    compare(results, setting.batch_size, rate)
+    return {"dot_rate": rate, "contenders": results}
+
+
+def compare(results: dict[str, dict[str, Any]], batch_size: int, dot_rate: float) -> None:
+    """Adds to each contender's result what follows from the medians of the total step.
+
+    ``images_per_second``; ``rate``, the products of its convolutions and dense layers in G/s over
+    the whole step, and ``share_of_peak``, that over ``dot_rate``; ``speedup``, how many times as
+    fast it is as ``torch`` and as ``jax``, where those took part.
+    """
+    for result in results.values():
+        total = result["phases"]["total"]["median"]
+        result["images_per_second"] = batch_size / total * 1e3
+        result["rate"] = result["products"] / total / 1e6
+        result["share_of_peak"] = result["rate"] / dot_rate
+        result["speedup"] = {
+            name: results[name]["phases"]["total"]["median"] / total
+            for name in ("torch", "jax")
+            if name in results
+        }
+
+
+def measure_rss(setting: Setting, contender: Contender) -> dict[str, Any]:
+    """Peak resident memory of this process, which must run nothing else, while it trains.
+
+    Returns:
+      ``before``, bytes before the model is made; ``building``, the peak until the first step is
+      over, compilation included; ``steps``, the peak over two more steps, or ``None`` where the
+      system cannot start a peak anew.
+    """
+    before = machine.peak_rss()
+    contender.build(setting)
+    contender.step()
+    building = machine.peak_rss()
+    fresh = machine.reset_peak_rss()
+    for _ in range(2):
+        contender.step()
+    return {
+        "before": before,
+        "building": building,
+        "steps": machine.peak_rss() if fresh else None,
+    }

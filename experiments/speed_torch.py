@@ -1,0 +1,190 @@
+"""The same models and training step in PyTorch: fp32, channels_last, eager, fused Adam."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from experiments import machine
+from experiments.contenders import LEARNING_RATE, Setting, layers_of, step_products
+from fqt_jax.models.common import scaled
+
+VGG_STAGES: dict[str, Sequence[Sequence[int]]] = {
+    "vgg_small": ((32, 32), (64, 64), (128, 128)),
+    "vgg11": ((64,), (128,), (256,) * 2, (512,) * 2, (512,) * 2),
+    "vgg13": ((64,) * 2, (128,) * 2, (256,) * 2, (512,) * 2, (512,) * 2),
+    "vgg16": ((64,) * 2, (128,) * 2, (256,) * 3, (512,) * 3, (512,) * 3),
+    "vgg19": ((64,) * 2, (128,) * 2, (256,) * 4, (512,) * 4, (512,) * 4),
+}
+RESNET_DEPTHS: dict[str, Sequence[int]] = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
+
+
+def missing() -> str | None:
+    """Why PyTorch cannot take part; ``None`` when it can."""
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        return "PyTorch is left out: it is not installed; pip install 'fqt-jax[bench]'"
+    return None
+
+
+class TorchContender:
+    """A PyTorch training step; see :class:`experiments.contenders.Contender`."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def build(self, setting: Setting) -> None:
+        """See :class:`experiments.contenders.Contender`."""
+        import torch
+
+        torch.set_num_threads(machine.available_cpus())
+        torch.manual_seed(0)
+        self._products = step_products(layers_of(setting), {})
+        self._model = create_torch_model(setting).to(memory_format=torch.channels_last)
+        parameters = self._model.parameters()
+        self._optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, fused=True)
+        images, labels = setting.batch()
+        # A view of NHWC data as NCHW is channels_last already.
+        self._images = torch.from_numpy(images).permute(0, 3, 1, 2)
+        self._labels = torch.from_numpy(labels).long()
+        self._loss = torch.nn.CrossEntropyLoss()
+
+    def step(self) -> None:
+        """See :class:`experiments.contenders.Contender`."""
+        self._forward_backward()
+        self._optimizer.step()
+
+    def phases(self) -> dict[str, Callable[[], None]]:
+        """See :class:`experiments.contenders.Contender`."""
+        return {
+            "forward": self._forward,
+            "forward_backward": self._forward_backward,
+            "update": self._optimizer.step,
+        }
+
+    def _forward(self) -> None:
+        import torch
+
+        with torch.no_grad():
+            self._loss(self._model(self._images), self._labels).item()
+
+    def _forward_backward(self) -> None:
+        self._optimizer.zero_grad()
+        loss = self._loss(self._model(self._images), self._labels)
+        loss.backward()
+        loss.item()
+
+    def details(self) -> dict[str, Any]:
+        """See :class:`experiments.contenders.Contender`."""
+        return {"products": self._products, "memory": None}
+
+
+def create_torch_model(setting: Setting) -> Any:
+    """The model of :func:`fqt_jax.models.create_model` as a ``torch.nn.Module`` over NCHW.
+
+    Submodules have the same names, so parameters correspond by path.
+    """
+    if setting.model in VGG_STAGES:
+        return _vgg(VGG_STAGES[setting.model], setting)
+    return _resnet(RESNET_DEPTHS[setting.model], setting)
+
+
+def _vgg(stages: Sequence[Sequence[int]], setting: Setting) -> Any:
+    from torch import nn
+
+    class ConvNormAct(nn.Module):
+        def __init__(self, inputs: int, outputs: int):
+            super().__init__()
+            self.conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+            self.norm = nn.BatchNorm2d(outputs)
+            self.act = nn.PReLU()
+
+        def forward(self, x: Any) -> Any:
+            return self.act(self.norm(self.conv(x)))
+
+    class VGG(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stages = nn.ModuleList()
+            inputs = setting.in_features
+            for stage in stages:
+                layers = nn.ModuleList()
+                for channels in stage:
+                    outputs = scaled(channels, setting.width)
+                    layers.append(ConvNormAct(inputs, outputs))
+                    inputs = outputs
+                self.stages.append(layers)
+            self.head = nn.Linear(inputs, setting.num_classes)
+
+        def forward(self, x: Any) -> Any:
+            for stage in self.stages:
+                for layer in stage:
+                    x = layer(x)
+                x = nn.functional.max_pool2d(x, 2)
+            return self.head(x.mean((2, 3)))
+
+    return VGG()
+
+
+def _resnet(depths: Sequence[int], setting: Setting) -> Any:
+    from torch import nn
+
+    class Shortcut(nn.Module):
+        def __init__(self, inputs: int, outputs: int, stride: int):
+            super().__init__()
+            self.stride = stride
+            self.conv = nn.Conv2d(inputs, outputs, 1, bias=False)
+            self.norm = nn.BatchNorm2d(outputs)
+
+        def forward(self, x: Any) -> Any:
+            if self.stride > 1:
+                x = nn.functional.avg_pool2d(
+                    x, self.stride, ceil_mode=True, count_include_pad=False
+                )
+            return self.norm(self.conv(x))
+
+    class Block(nn.Module):
+        def __init__(self, inputs: int, outputs: int, stride: int):
+            super().__init__()
+            self.norm1 = nn.BatchNorm2d(inputs)
+            self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+            self.act1 = nn.PReLU()
+            self.norm2 = nn.BatchNorm2d(outputs)
+            self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+            self.act2 = nn.PReLU()
+            reshapes = stride != 1 or inputs != outputs
+            self.shortcut = Shortcut(inputs, outputs, stride) if reshapes else nn.Identity()
+
+        def forward(self, x: Any) -> Any:
+            y = self.act1(self.conv1(self.norm1(x)))
+            return self.act2(self.conv2(self.norm2(y))) + self.shortcut(x)
+
+    class ResNet(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            channels = scaled(64, setting.width)
+            self.stem_pool = setting.stem == "imagenet"
+            size, stride = (7, 2) if self.stem_pool else (3, 1)
+            self.stem = nn.Conv2d(
+                setting.in_features, channels, size, stride, padding=size // 2, bias=False
+            )
+            self.stem_norm = nn.BatchNorm2d(channels)
+            self.stem_act = nn.PReLU()
+            self.blocks = nn.ModuleList()
+            for stage, depth in enumerate(depths):
+                outputs = scaled(64 * 2**stage, setting.width)
+                for i in range(depth):
+                    self.blocks.append(Block(channels, outputs, 2 if stage and not i else 1))
+                    channels = outputs
+            self.head = nn.Linear(channels, setting.num_classes)
+
+        def forward(self, x: Any) -> Any:
+            x = self.stem_act(self.stem_norm(self.stem(x)))
+            if self.stem_pool:
+                x = nn.functional.max_pool2d(x, 3, 2, padding=1)
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x.mean((2, 3)))
+
+    return ResNet()

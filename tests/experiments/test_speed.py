@@ -1,0 +1,330 @@
+import json
+import math
+import sys
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from experiments import machine, speed, speed_layers, speed_report
+from experiments.cli import UserError
+from experiments.contenders import (
+    PHASES,
+    JaxContender,
+    Roster,
+    Setting,
+    kept_fractions,
+    layers_of,
+    resolve_implementations,
+    step_products,
+)
+from experiments.speed_steps import compare, measure_rss, measure_steps, summarize
+from fqt_jax.recipe import FQT1, FULL_PRECISION
+
+TINY = Setting("vgg_small", 0.125, 4, 8)
+
+
+@pytest.fixture(autouse=True)
+def _as_optax_and_flax_compute():
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _small_dot(monkeypatch):
+    monkeypatch.setattr(machine, "dot_rate", lambda: 50.0)
+
+
+class Fake:
+    """A contender that counts its runs."""
+
+    def __init__(self, name: str, phases=PHASES[:3]):
+        self.name, self.ran, self._phases = name, [], phases
+
+    def build(self, setting):
+        self.ran.append("build")
+
+    def step(self):
+        self.ran.append("total")
+
+    def phases(self):
+        return {p: lambda p=p: self.ran.append(p) for p in self._phases}
+
+    def details(self):
+        return {"products": 1000, "memory": None}
+
+
+def test_contenders_take_turns_and_a_missing_phase_is_left_out(monkeypatch):
+    monkeypatch.setattr("experiments.speed_steps._SETTLE", 0.0)
+    whole, bare = Fake("jax"), Fake("other", ())
+    result = measure_steps(TINY, [whole, bare], warmup=2, repeats=3)
+    assert whole.ran[0] == "build"
+    assert all(whole.ran.count(phase) == 5 for phase in PHASES)
+    assert bare.ran == ["build"] + ["total"] * 5
+    assert set(result["contenders"]["jax"]["phases"]) == set(PHASES)
+    assert set(result["contenders"]["other"]["phases"]) == {"total"}
+    assert len(result["contenders"]["jax"]["phases"]["total"]["samples"]) == 3
+    report = {"runs": [run_of(result)], "layers": [], "check": []}
+    assert "other" in speed_report.tables(report, TINY)
+
+
+def run_of(result):
+    return {"threads": 2, "machine": machine.describe(), "left_out": ["nothing"], **result}
+
+
+def test_ratios_follow_from_the_medians():
+    def result(*samples):
+        return {"phases": {"total": summarize(samples)}, "products": 6_000_000_000}
+
+    results = {"torch": result(90, 100, 500), "jax": result(400, 300), "fqt1/xla": result(20, 20)}
+    compare(results, batch_size=128, dot_rate=600.0)
+    mine = results["fqt1/xla"]
+    assert mine["speedup"] == {"torch": 5.0, "jax": 17.5}
+    assert mine["images_per_second"] == pytest.approx(6400)
+    assert mine["rate"] == pytest.approx(300)
+    assert mine["share_of_peak"] == pytest.approx(0.5)
+    assert results["torch"]["speedup"]["torch"] == 1.0
+    alone = {"qat/xla": result(10)}
+    compare(alone, batch_size=1, dot_rate=1.0)
+    assert alone["qat/xla"]["speedup"] == {}
+
+
+def test_a_jax_contender_steps_and_its_parts_change_what_they_should():
+    contender = JaxContender("fqt1/xla", FQT1, "xla")
+    contender.build(TINY)
+    before = params(contender)
+    contender.step()
+    after = params(contender)
+    assert any((a != b).any() for a, b in zip(before, after, strict=True))
+    parts = contender.phases()
+    parts["forward"]()
+    parts["forward_backward"]()
+    same = params(contender)
+    assert all((a == b).all() for a, b in zip(after, same, strict=True))
+    assert any(np.abs(g).max() > 0 for g in jax.tree.leaves(contender._grads))
+    parts["update"]()
+    assert any((a != b).any() for a, b in zip(same, params(contender), strict=True))
+    details = contender.details()
+    assert details["memory"]["temp"] > 0
+    json.dumps(details)
+
+
+def params(contender):
+    return [np.array(x) for x in jax.tree.leaves(contender._state.params)]
+
+
+def test_peak_memory_covers_the_steps():
+    result = measure_rss(TINY, Fake("fake"))
+    assert 0 < result["before"] <= result["building"]
+    assert result["steps"] is None or result["steps"] > 0
+
+
+def test_layer_shapes_and_products_of_a_step():
+    layers = layers_of(Setting("resnet18", 0.125, 4, 16))
+    assert [x.path for x in layers[:3]] == ["stem", "blocks/0/conv1", "blocks/0/conv2"]
+    assert layers[-1].path == "head"
+    strided = next(x for x in layers if x.path == "blocks/2/conv1")
+    assert (strided.input, strided.output) == ((4, 16, 16, 8), (4, 8, 8, 16))
+    assert strided.products == 4 * 8 * 8 * 16 * 9 * 8
+    assert kept_fractions(strided, FQT1) == (0.25, 0.25)
+    assert kept_fractions(strided, FULL_PRECISION) == (1.0, 1.0)
+    first, second = layers[:2]
+    assert step_products(layers[:2], {}) == 2 * first.products + 3 * second.products
+    mixed = step_products(layers[:2], {"blocks/0/conv1": FQT1})
+    assert mixed == 2 * first.products + 1.5 * second.products
+
+
+def test_quantized_layers_are_counted_once_by_shape():
+    found = speed_layers.quantized_layers(Setting("vgg11", 0.125, 4, 32))
+    assert sum(count for _, count in found) == 7  # all but the first
+    assert max(count for _, count in found) == 2
+
+
+def test_dots_have_the_products_of_the_pruned_layer():
+    layer = layers_of(Setting("vgg_small", 1.0, 8, 8))[1]
+    work = {name: math.prod(speed_layers.dot_shape(layer, name)) for name in speed_layers.PRODUCTS}
+    assert work["forward"] == layer.products
+    for name in speed_layers.PRODUCTS[1:]:
+        assert work[name] == layer.products / 4
+
+
+def test_a_long_dot_is_timed_in_part(monkeypatch):
+    monkeypatch.setattr(speed_layers, "_DOT_ENTRIES", 100)
+    for m, k in ((50, 10), (10, 50)):
+        run, factor = speed_layers._dot(m, k, 3)
+        assert factor == 5
+        assert run().shape == ((10 if m > k else m), 3)
+
+
+def test_layers_and_check_in_process(capsys):
+    config = speed.SpeedConfig(
+        model="vgg_small", width=0.125, batch_size=4, image_size=8, repeats=1, layers=True
+    )
+    run = speed.measure(config.request("layers", 1))
+    assert set(run["totals"]) == set(speed_layers.PRODUCTS)
+    total = run["totals"]["forward"]["implementations"]["xla"]
+    each = [
+        e["count"] * e["products"]["forward"]["implementations"]["xla"]["median"]
+        for e in run["layers"]
+    ]
+    assert total == pytest.approx(sum(each))
+    checked = speed.measure(config.request("check", 1))
+    assert all(line["ok"] for line in checked["check"])
+    assert "input_grad" in capsys.readouterr().err
+    report = {"runs": [], "layers": [run], "check": [checked]}
+    assert json.loads(json.dumps(report)) == report
+    text = speed_report.tables(report, config.setting())
+    assert "weight_grad shared" in text
+    assert "max difference" in text
+
+
+@pytest.mark.parametrize("product", ["forward", "input_grad", "weight_grad shared"])
+def test_differences_are_found(product):
+    want = np.random.default_rng(0).normal(size=(3, 4, 4, 5)).astype(np.float32)
+    assert speed_layers.difference(want, want, product) == 0
+    other = want.copy()
+    other[0, 0, 0, 0] += 0.01
+    assert speed_layers.difference(other, want, product) > speed_layers.TOLERANCE
+    other[0, 0, 0, 0] = np.nan
+    assert speed_layers.difference(other, want, product) == math.inf
+    assert speed_layers.difference(want.astype(np.float64), want, product) == math.inf
+    assert speed_layers.difference(0 * want, 0 * want, product) == 0
+
+
+def test_a_mismatch_is_the_exit_status(monkeypatch, capsys):
+    line = {"implementation": "xla", "product": "forward", "layers": 1, "difference": 1.0}
+    line |= {"ms": 1.0, "xla_ms": 1.0, "declined": [], "ok": False}
+    run = {"threads": 1, "machine": machine.describe(), "check": [line]}
+    monkeypatch.setattr(speed, "in_process", lambda request: run)
+    with pytest.raises(SystemExit) as stop:
+        speed.main(speed.SpeedConfig(check=True))
+    assert stop.value.code == 1
+    assert "DIFFERS" in capsys.readouterr().out
+    declined = line | {"layers": 0, "declined": ["stages/0/1: too small"], "ok": True}
+    assert "declined: stages/0/1: too small" in speed_report.check_line(declined)
+
+
+def test_the_report_round_trips_and_draws(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("experiments.speed_steps._SETTLE", 0.0)
+
+    def in_process(request):
+        if request["kind"] == "rss":
+            return {"before": 2**20, "building": 2**22, "steps": None}
+        return run_of(measure_steps(TINY, [Fake("torch"), Fake("jax")], warmup=1, repeats=1))
+
+    monkeypatch.setattr(speed, "in_process", in_process)
+    path, picture = tmp_path / "speed.json", tmp_path / "speed.png"
+    speed.main(speed.SpeedConfig(threads=("1",), memory=True, json=path, plot=picture))
+    report = json.loads(path.read_text())
+    assert report["runs"][0]["contenders"]["jax"]["rss"]["building"] == 2**22
+    assert report["runs"][0]["machine"]["versions"]["jax"] == jax.__version__
+    assert report["options"]["model"] == "vgg16"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    text = capsys.readouterr().out
+    assert "vs torch" in text
+    assert "RSS steps" in text
+    assert "nothing" in text
+
+
+def test_one_measurement_in_a_process_of_its_own():
+    config = speed.SpeedConfig(
+        model="vgg_small", width=0.125, batch_size=2, image_size=8, threads=("1",), repeats=1
+    )
+    result = speed.in_process(config.request("rss", 1, "full_precision"))
+    assert result["building"] > result["before"] > 0
+    with pytest.raises(UserError, match="unknown contender 'nobody'"):
+        speed.in_process(config.request("steps", 1, "nobody"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "vgg12"}, "unknown model 'vgg12'"),
+        ({"recipes": ("fqt2",)}, "unknown recipe 'fqt2'"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"repeats": 0}, "repeats"),
+        ({"warmup": 0}, "warmup"),
+        ({"width": 0.0}, "width"),
+        ({"threads": ("0",)}, "threads must be"),
+        ({"threads": ("many",)}, "threads must be"),
+        ({"threads": ("100000",)}, "threads must be"),
+        ({"plot": "a.png", "layers": True}, "plot"),
+        ({"memory": True, "check": True}, "memory"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(UserError, match=message):
+        speed.SpeedConfig(**options)
+
+
+def test_unknown_names_and_defaults():
+    assert resolve_implementations([]) == resolve_implementations(["all"])[:1]
+    assert resolve_implementations(["xla", "xla"]) == ["xla"]
+    with pytest.raises(ValueError, match="unknown implementation 'abacus'"):
+        resolve_implementations(["abacus"])
+    with pytest.raises(UserError, match=r"unknown contender 'fqt1'; known: .*fqt1/xla"):
+        Roster(["fqt1"], ["xla"], ["fqt1"])
+    roster = Roster(["fqt1", "full_precision"], ["xla"], ["jax", "fqt1/xla"])
+    assert [c.name for c in roster.contenders] == ["jax", "fqt1/xla"]
+
+
+def test_without_torch_the_rest_runs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    roster = Roster(["qat"], ["xla"], [])
+    assert [c.name for c in roster.contenders] == ["jax", "qat/xla"]
+    assert "fqt-jax[bench]" in roster.left_out[0]
+    with pytest.raises(UserError, match="not installed"):
+        Roster(["qat"], ["xla"], ["torch"])
+
+
+def test_an_unwritable_path_is_found_before_measuring(monkeypatch, tmp_path):
+    monkeypatch.setattr(speed, "in_process", lambda request: pytest.fail("measured"))
+    for option in ("json", "plot"):
+        config = speed.SpeedConfig(**{option: tmp_path / "missing" / "file"})
+        with pytest.raises(FileNotFoundError):
+            speed.main(config)
+
+
+@pytest.mark.parametrize("name", ["vgg16", "resnet18"])
+def test_the_torch_model_has_as_many_parameters(name):
+    pytest.importorskip("torch")
+    from experiments.speed_torch import create_torch_model
+
+    setting = Setting(name, 1.0, 1, 32)
+
+    def shapes():
+        return nnx.state(setting.create_model(), nnx.Param)
+
+    mine = sum(math.prod(x.shape) for x in jax.tree.leaves(jax.eval_shape(shapes)))
+    assert mine == sum(p.numel() for p in create_torch_model(setting).parameters())
+
+
+@pytest.mark.parametrize(("name", "size"), [("vgg_small", 17), ("resnet18", 16), ("resnet18", 97)])
+def test_the_torch_model_computes_the_same(name, size):
+    torch = pytest.importorskip("torch")
+    from experiments.speed_torch import create_torch_model
+
+    setting = Setting(name, 0.125, 2, size)
+    model = setting.create_model()
+    theirs = create_torch_model(setting)
+    # The submodules have the same names.
+    with torch.no_grad():
+        for path, value in theirs.named_parameters():
+            *parents, leaf = path.split(".")
+            module = model
+            for part in parents:
+                module = module[int(part)] if part.isdecimal() else getattr(module, part)
+            if isinstance(module, nnx.Conv):
+                array = np.asarray(module.kernel[...]).transpose(3, 2, 0, 1)
+            elif isinstance(module, nnx.Linear) and leaf == "weight":
+                array = np.asarray(module.kernel[...]).T
+            else:
+                array = np.full(value.shape, 0.0 if leaf == "bias" else value[0])
+            value.copy_(torch.from_numpy(array.copy()))
+    images, _ = setting.batch()
+    model.train()
+    graphdef, state = nnx.split(model)
+    mine = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))(state, images)
+    got = theirs(torch.from_numpy(images).permute(0, 3, 1, 2)).detach().numpy()
+    np.testing.assert_allclose(mine, got, rtol=1e-3, atol=1e-4)
