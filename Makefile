@@ -3,13 +3,14 @@
 # make lint       formatting, lint and types
 # make sanitize   the native kernels under the address and undefined-behaviour sanitizers
 # make test-neon  the NEON kernels under an emulator (Debian: g++-aarch64-linux-gnu, qemu-user)
+# make test-avx512  the AVX-512 kernels, emulated (Debian: libsimde-dev)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 NATIVE := $(wildcard $(addprefix fqt_jax/kernels/csrc/, *.cc *.h *.inc CMakeLists.txt))
 
-.PHONY: finetune test lint format sanitize test-neon clean
+.PHONY: finetune test lint format sanitize test-neon test-avx512 clean
 
 finetune: $(VENV)/.experiments
 	$(BIN)/python -m experiments.finetune $(ARGS)
@@ -27,16 +28,18 @@ format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 
 CSRC := fqt_jax/kernels/csrc
-CHECK := -std=c++17 -O1 -ffp-contract=off -w -I$(CSRC) tests/kernels/native/check.cc $(CSRC)/isa.cc
-CHECK += $(CSRC)/kernels_portable.cc
+CHECK := -std=c++17 -O1 -ffp-contract=off -w -I$(CSRC) tests/kernels/native/check.cc
+PORTABLE := $(CSRC)/isa.cc $(CSRC)/kernels_portable.cc
 SANITIZE := -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
 # Python itself is not instrumented: the sanitizer's runtime has to be loaded first.
 PRELOAD = $(shell $(CXX) -print-file-name=libasan.so):$(shell $(CXX) -print-file-name=libstdc++.so)
 CASES ?= 300
+SANITIZED ?= tests/kernels/test_native.py
 
 sanitize: $(VENV)/.sanitize
 	mkdir -p build/sanitize
-	$(CXX) $(CHECK) $(CSRC)/kernels_avx2.cc $(CSRC)/kernels_avx512.cc $(SANITIZE) -o build/sanitize/check
+	$(CXX) $(CHECK) $(PORTABLE) $(CSRC)/kernels_avx2.cc $(CSRC)/kernels_avx512.cc $(SANITIZE) \
+	  -o build/sanitize/check
 	build/sanitize/check 0 $(CASES)
 	$(BIN)/cmake -S $(CSRC) -B build/sanitize/cmake -DFQT_JAX_SANITIZE=ON \
 	  -DPython_EXECUTABLE=$(abspath $(BIN)/python)
@@ -45,14 +48,18 @@ sanitize: $(VENV)/.sanitize
 	cp -r fqt_jax tests pyproject.toml build/sanitize/tree
 	rm -f build/sanitize/tree/fqt_jax/kernels/_native*.so
 	cp build/sanitize/cmake/_native*.so build/sanitize/tree/fqt_jax/kernels
-	cd build/sanitize/tree && PYTHONPATH=. LD_PRELOAD=$(PRELOAD) \
-	  ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 \
-	  $(abspath $(BIN)/python) -m pytest -p no:cacheprovider tests/kernels
+	cd build/sanitize/tree && LD_PRELOAD=$(PRELOAD) ASAN_OPTIONS=detect_leaks=0 \
+	  $(abspath $(BIN)/python) tests/kernels/native/run_here.py -p no:cacheprovider $(SANITIZED)
 
 test-neon:
 	mkdir -p build
-	aarch64-linux-gnu-g++ -static $(CHECK) $(CSRC)/kernels_neon.cc -o build/check-neon
+	aarch64-linux-gnu-g++ -static $(CHECK) $(PORTABLE) $(CSRC)/kernels_neon.cc -o build/check-neon
 	qemu-aarch64 build/check-neon 0 $(CASES)
+
+test-avx512:
+	mkdir -p build
+	$(CXX) -mavx2 -mpopcnt $(CHECK) tests/kernels/native/avx512_emulated.cc -o build/check-avx512
+	build/check-avx512 0 $(CASES)
 
 clean:
 	rm -rf $(VENV) build dist
