@@ -1,13 +1,16 @@
 # make finetune   sets up everything and fine-tunes a 1-bit ResNet-18 on embedded images
 # make test       sets up everything and runs the tests
 # make lint       formatting, lint and types
+# make sanitize   the native kernels under the address and undefined-behaviour sanitizers
+# make test-neon  the NEON kernels under an emulator (Debian: g++-aarch64-linux-gnu, qemu-user)
+# make test-avx512  the AVX-512 kernels, emulated (Debian: libsimde-dev)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 NATIVE := $(wildcard $(addprefix fqt_jax/kernels/csrc/, *.cc *.h *.inc CMakeLists.txt))
 
-.PHONY: finetune test lint format clean
+.PHONY: finetune test lint format sanitize test-neon test-avx512 clean
 
 finetune: $(VENV)/.experiments
 	$(BIN)/python -m experiments.finetune --learning-rate 1e-3 --epochs 10 --batch-size 64 $(ARGS)
@@ -24,6 +27,40 @@ format: $(VENV)/.lint
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+CSRC := fqt_jax/kernels/csrc
+CHECK := -std=c++17 -O1 -ffp-contract=off -w -I$(CSRC) tests/kernels/native/check.cc
+PORTABLE := $(CSRC)/isa.cc $(CSRC)/kernels_portable.cc
+SANITIZE := -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
+# Python itself is not instrumented: the sanitizer's runtime has to be loaded first.
+PRELOAD = $(shell $(CXX) -print-file-name=libasan.so):$(shell $(CXX) -print-file-name=libstdc++.so)
+CASES ?= 300
+SANITIZED ?= tests/kernels/test_native.py
+
+sanitize: $(VENV)/.sanitize
+	mkdir -p build/sanitize
+	$(CXX) $(CHECK) $(PORTABLE) $(CSRC)/kernels_avx2.cc $(CSRC)/kernels_avx512.cc $(SANITIZE) \
+	  -o build/sanitize/check
+	build/sanitize/check 0 $(CASES)
+	$(BIN)/cmake -S $(CSRC) -B build/sanitize/cmake -DFQT_JAX_SANITIZE=ON \
+	  -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+	$(BIN)/cmake --build build/sanitize/cmake
+	rm -rf build/sanitize/tree && mkdir build/sanitize/tree
+	cp -r fqt_jax tests pyproject.toml build/sanitize/tree
+	rm -f build/sanitize/tree/fqt_jax/kernels/_native*.so
+	cp build/sanitize/cmake/_native*.so build/sanitize/tree/fqt_jax/kernels
+	cd build/sanitize/tree && LD_PRELOAD=$(PRELOAD) ASAN_OPTIONS=detect_leaks=0 \
+	  $(abspath $(BIN)/python) tests/kernels/native/run_here.py -p no:cacheprovider $(SANITIZED)
+
+test-neon:
+	mkdir -p build
+	aarch64-linux-gnu-g++ -static $(CHECK) $(PORTABLE) $(CSRC)/kernels_neon.cc -o build/check-neon
+	qemu-aarch64 build/check-neon 0 $(CASES)
+
+test-avx512:
+	mkdir -p build
+	$(CXX) -mavx2 -mpopcnt $(CHECK) tests/kernels/native/avx512_emulated.cc -o build/check-avx512
+	build/check-avx512 0 $(CASES)
+
 clean:
 	rm -rf $(VENV) build dist
 
@@ -33,6 +70,6 @@ $(VENV)/bin/python:
 
 # One stamp for each set of packages, newer than pyproject.toml and the C++ sources once they are
 # installed and built.
-$(VENV)/.experiments $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: pyproject.toml $(NATIVE) | $(VENV)/bin/python
+$(VENV)/.experiments $(VENV)/.test $(VENV)/.lint $(VENV)/.sanitize: $(VENV)/.%: pyproject.toml $(NATIVE) | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$*]'
 	touch $@

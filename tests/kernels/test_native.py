@@ -1,0 +1,262 @@
+"""What only the C++ kernels have: instruction sets, threads, raw inputs, and calls in flight.
+
+That they compute what the others do is for the suite that all implementations share.
+"""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fqt_jax as fqt
+from fqt_jax.binarize import PackedBits
+from fqt_jax.kernels import native
+from fqt_jax.kernels.contract import Rounding, UnsupportedError, Window
+from fqt_jax.pruning import Selection
+
+# Where there is a compiler, an extension that is missing is a failure.
+pytestmark = pytest.mark.skipif(
+    native.unavailable() is not None and shutil.which("c++") is None, reason="no C++ compiler"
+)
+
+WINDOW = Window((3, 3), (1, 1), ((1, 1), (1, 1)))
+SEED = np.array([3, 5], np.uint32)
+
+
+def _operands(rng, n=9, size=7, c=37, o=70):
+    x = PackedBits.pack(jnp.asarray(rng.integers(0, 2, (n, size, size, c)).astype(bool)))
+    w = PackedBits.pack(jnp.asarray(rng.integers(0, 2, (3, 3, c, o)).astype(bool)), batch_ndim=0)
+    return x, w, jnp.asarray(rng.standard_normal((n, size, size, o)).astype(np.float32))
+
+
+def _selection(rng, size, k):
+    indices = np.sort(rng.choice(size, k, replace=False)).astype(np.int32)
+    weights = rng.uniform(1, 4, k).astype(np.float32)
+    return Selection(jnp.asarray(indices), jnp.asarray(weights), size)
+
+
+def _rounding(groups, k, bits=4, samples=None, channels=None):
+    lo, value_range = jnp.full(k, -3.0, jnp.float32), jnp.full(k, 6.0, jnp.float32)
+    return Rounding(lo, value_range, jnp.asarray(SEED), samples, channels, bits, groups)
+
+
+def _products(rng, bits):
+    """All three products of one layer, with pruned samples and channels."""
+    x, w, g = _operands(rng)
+    samples, channels = _selection(rng, 9, 6), _selection(rng, 70, 33)
+    return [
+        native.forward(x, w, WINDOW),
+        native.input_grad(g, w, _rounding("samples", 6, bits, samples), WINDOW, (7, 7)),
+        native.weight_grad(g, x, _rounding("channels", 33, bits, samples, channels), WINDOW),
+    ]
+
+
+@pytest.mark.parametrize("bits", [1, 4, 7])
+def test_instruction_sets_agree_bit_for_bit(bits):
+    from fqt_jax.kernels import _native
+
+    best = _native.current_isa()
+    expected = _products(np.random.default_rng(0), bits)
+    try:
+        for isa in _native.supported_isas():
+            _native.select_isa(isa)
+            for a, b in zip(_products(np.random.default_rng(0), bits), expected, strict=True):
+                np.testing.assert_array_equal(a, b, err_msg=isa)
+    finally:
+        _native.select_isa(best)
+
+
+def _run(code, **environment):
+    """The standard output of Python code in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    ).stdout
+
+
+def test_result_does_not_depend_on_threads():
+    code = """
+        import hashlib, jax, numpy as np
+        from tests.kernels import test_native as t
+        rng = np.random.default_rng(0)
+        x, w, g = t._operands(rng, n=32, size=12, c=64, o=64)
+        samples = t._selection(rng, 32, 20)
+        results = [
+            t.native.forward(x, w, t.WINDOW),
+            t.native.input_grad(g, w, t._rounding("samples", 20, 4, samples), t.WINDOW, (12, 12)),
+            t.native.weight_grad(g, x, t._rounding("channels", 64, 4, samples), t.WINDOW),
+        ]
+        print(hashlib.sha256(b"".join(np.asarray(r).tobytes() for r in results)).hexdigest())
+    """
+    digests = {_run(code, NPROC=str(n)) for n in (1, 2, 5)}
+    assert len(digests) == 1
+
+
+def test_an_instruction_set_can_be_forced():
+    code = "from fqt_jax.kernels import _native, native; print(native.unavailable())"
+    assert _run(code, FQT_JAX_ISA="portable").strip() == "None"
+    assert "no-such-set" in _run(code, FQT_JAX_ISA="no-such-set")
+    chosen = "from fqt_jax.kernels import _native, native; print(_native.current_isa())"
+    assert _run(chosen, FQT_JAX_ISA="portable").strip() == "portable"
+
+
+def test_many_calls_in_flight_do_not_hang():
+    rng = np.random.default_rng(0)
+    x, w, g = _operands(rng, n=32, size=8, c=64, o=64)
+
+    @jax.jit
+    def step(words, g):
+        total = []
+        for i in range(12):  # none of them waits for another
+            signs = PackedBits(words ^ jnp.uint32(i), x.shape)
+            rounding = _rounding("channels", 64)
+            total.append(native.forward(signs, w, WINDOW).astype(jnp.float32).sum())
+            total.append(native.weight_grad(g + jnp.float32(i), signs, rounding, WINDOW).sum())
+            rounding = _rounding("samples", 32)
+            dx = native.input_grad(g * jnp.float32(i), w, rounding, WINDOW, (8, 8))
+            total.append(dx.sum())
+        return jnp.stack(total)
+
+    first = step(x.words, g)
+    for _ in range(20):
+        np.testing.assert_array_equal(step(x.words, g), first)
+
+
+def test_jit_and_vmap(rng):
+    x, w, _ = _operands(rng, n=6)
+    expected = native.forward(x, w, WINDOW)
+    jitted = jax.jit(lambda words: native.forward(PackedBits(words, x.shape), w, WINDOW))
+    np.testing.assert_array_equal(jitted(x.words), expected)
+    pairs = x.words.reshape(3, 2, -1)
+    mapped = jax.vmap(lambda words: native.forward(PackedBits(words, x.shape), w, WINDOW))(pairs)
+    np.testing.assert_array_equal(mapped.reshape(expected.shape), expected)
+
+
+@pytest.mark.parametrize("prune", ["channels", "shared"])
+@pytest.mark.parametrize("strides", [1, 2])
+def test_gradients_of_conv_equal_those_of_xla(rng, prune, strides):
+    recipe = dataclasses.replace(fqt.FQT1, prune=prune)
+    x = jnp.asarray(rng.standard_normal((12, 9, 9, 20)).astype(np.float32))
+    w = jnp.asarray(rng.standard_normal((3, 3, 20, 24)).astype(np.float32))
+    target = jnp.asarray(rng.standard_normal((24,)).astype(np.float32))
+
+    def grads(implementation):
+        def loss(x, w):
+            y = fqt.conv(
+                x,
+                w,
+                key=jax.random.key(7),
+                recipe=recipe,
+                strides=strides,
+                implementation=implementation,
+            )
+            return jnp.mean((y - target.reshape(1, 1, 1, -1)) ** 2)
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1)))(x, w)
+
+    # The codes agree: nothing is left but the rounding of a few float operations.
+    for a, b in zip(jax.tree.leaves(grads("native")), jax.tree.leaves(grads("xla")), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * float(jnp.abs(b).max()))
+
+
+def test_nan_reaches_the_result(rng):
+    x, w, g = _operands(rng, n=4)
+    rounding = _rounding("samples", 4)
+    rounding = dataclasses.replace(rounding, lo=rounding.lo.at[2].set(jnp.nan))
+    dx = native.input_grad(g, w, rounding, WINDOW, (7, 7))
+    assert jnp.isnan(dx).all(axis=(1, 2, 3)).tolist() == [False, False, True, False]
+    rounding = _rounding("channels", 70)
+    ranges = rounding.value_range.at[69].set(jnp.nan)
+    dw = native.weight_grad(g, x, dataclasses.replace(rounding, value_range=ranges), WINDOW)
+    assert jnp.isnan(dw).all(axis=(0, 1, 2)).tolist() == [False] * 69 + [True]
+
+
+def test_declines_what_it_does_not_serve(rng):
+    x, w, g = _operands(rng, n=3)
+    with pytest.raises(UnsupportedError, match="float gradients"):
+        native.input_grad(g, w, None, WINDOW, (7, 7))
+    with pytest.raises(UnsupportedError, match="float gradients"):
+        native.weight_grad(g, x, None, WINDOW)
+    with pytest.raises(UnsupportedError, match="inside the sum"):
+        native.weight_grad(g, x, _rounding("samples", 3), WINDOW)
+
+
+SIZES = np.array([7, 7, 37, 70, 3, 3, 1, 1, 1, 1, 1, 1], np.int64)
+
+
+def _raw_forward(x, w, sizes=SIZES, shape=(4, 7, 7, 70), dtype=jnp.int16):
+    call = jax.ffi.ffi_call("fqt_jax_forward", jax.ShapeDtypeStruct(shape, dtype))
+    return call(x, w, sizes=sizes)
+
+
+def _with(sizes, **changes):
+    names = ("h", "w", "c", "o", "kh", "kw", "down", "across", "top", "bottom", "left", "right")
+    return np.array([changes.get(k, v) for k, v in zip(names, sizes, strict=True)], np.int64)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, w: {"x": x[:, :-1]}, "words of its shape"),
+        (lambda x, w: {"x": x[0]}, "words of samples"),
+        (lambda x, w: {"x": x.astype(jnp.int32)}, "[Dd]ata ?type|dtype"),
+        (lambda x, w: {"w": w[:-1]}, "words of its shape"),
+        (lambda x, w: {"shape": (4, 7, 7, 69)}, "wrong shape"),
+        (lambda x, w: {"dtype": jnp.int32}, "wrong type"),
+        (lambda x, w: {"sizes": SIZES[:-1]}, "12 numbers"),
+        (lambda x, w: {"sizes": _with(SIZES, kh=0)}, "window"),
+        (lambda x, w: {"sizes": _with(SIZES, down=0)}, "stride"),
+        (lambda x, w: {"sizes": _with(SIZES, top=-1)}, "padding"),
+        (lambda x, w: {"sizes": _with(SIZES, kh=99)}, "larger than"),
+        (lambda x, w: {"sizes": _with(SIZES, c=-1)}, "out of range"),
+        (lambda x, w: {"sizes": _with(SIZES, c=2**40)}, "out of range"),
+        (lambda x, w: {"sizes": _with(SIZES, c=2**30)}, "too many products"),
+    ],
+)
+def test_bad_raw_operands_are_errors(rng, change, message):
+    x, w, _ = _operands(rng, n=4)
+    with pytest.raises(Exception, match=message):
+        jax.block_until_ready(
+            _raw_forward(**{"x": x.words, "w": w.words, **change(x.words, w.words)})
+        )
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        ([0, 4], "out of range"),
+        ([-1, 2], "out of range"),
+        ([2, 2], "must increase"),
+        ([2, 1], "must increase"),
+    ],
+)
+def test_bad_selections_are_errors(rng, indices, message):
+    x, w, g = _operands(rng, n=4)
+    samples = Selection(jnp.array(indices, jnp.int32), jnp.ones(2, jnp.float32), 4)
+    with pytest.raises(Exception, match=message):
+        jax.block_until_ready(
+            native.input_grad(g, w, _rounding("samples", 2, 4, samples), WINDOW, (7, 7))
+        )
+    with pytest.raises(Exception, match=message):
+        jax.block_until_ready(
+            native.weight_grad(g, x, _rounding("channels", 70, 4, samples), WINDOW)
+        )
+
+
+def test_empty_operands(rng):
+    x, w, g = _operands(rng, n=0)
+    assert native.forward(x, w, WINDOW).shape == (0, 7, 7, 70)
+    assert native.input_grad(g, w, _rounding("samples", 0), WINDOW, (7, 7)).shape == (0, 7, 7, 37)
+    dw = native.weight_grad(g, x, _rounding("channels", 70), WINDOW)
+    np.testing.assert_array_equal(dw, np.zeros((3, 3, 37, 70), np.float32))
