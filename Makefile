@@ -18,12 +18,12 @@ finetune: $(VENV)/.experiments
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n auto $(ARGS)
 
-lint: $(VENV)/.test $(VENV)/.lint
+lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-format: $(VENV)/.lint
+format: $(VENV)/.test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
@@ -70,6 +70,6 @@ $(VENV)/bin/python:
 
 # One stamp for each set of packages, newer than pyproject.toml and the C++ sources once they are
 # installed and built.
-$(VENV)/.experiments $(VENV)/.test $(VENV)/.lint $(VENV)/.sanitize: $(VENV)/.%: pyproject.toml $(NATIVE) | $(VENV)/bin/python
+$(VENV)/.experiments $(VENV)/.test $(VENV)/.sanitize: $(VENV)/.%: pyproject.toml $(NATIVE) | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$*]'
 	touch $@
