@@ -21,8 +21,9 @@ from fqt_jax.kernels import check_implementation, implementations
 from fqt_jax.kernels.contract import Window
 from fqt_jax.layers import QuantConv
 from fqt_jax.models import create_model
+from fqt_jax.optimizers import OptimizerConfig
 from fqt_jax.recipe import FQT1, FULL_PRECISION, RECIPES, Recipe
-from fqt_jax.training import OptimizerConfig, create_state, cross_entropy, make_train_step
+from fqt_jax.training import create_state, cross_entropy, make_train_step
 
 PHASES = ("forward", "forward_backward", "update", "total")
 LEARNING_RATE = 1e-3
