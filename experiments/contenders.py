@@ -325,8 +325,8 @@ class Roster:
 
     Args:
       recipes: names of recipes.
-      implementations: names of the kernels' implementations; empty for the preferred one that is
-        available, ``"all"`` for all that are.
+      implementations: names of the kernels' implementations, ``"all"`` for all that are available;
+        empty leaves the choice to each product (``auto``).
       chosen: names of contenders; empty for all.
 
     Raises:
@@ -346,8 +346,8 @@ class Roster:
             if not recipe.binary:
                 everything[name] = JaxContender(name, recipe)
                 continue
-            for each in resolve_implementations(implementations):
-                key = f"{name}/{each}"
+            for each in resolve_implementations(implementations) if implementations else [None]:
+                key = f"{name}/{each or 'auto'}"
                 everything[key] = JaxContender(key, recipe, each)
         for name in chosen:
             if name not in everything:
@@ -364,14 +364,12 @@ class Roster:
 
 
 def resolve_implementations(names: Sequence[str]) -> list[str]:
-    """Names of implementations: none means the preferred one, ``"all"`` all that are available.
+    """Names of implementations; ``"all"`` means all that are available.
 
     Raises:
       ValueError: an unknown implementation, or one that is not available.
     """
     available = [name for name, state in implementations().items() if state == "available"]
-    if not names:
-        return available[:1]
     if "all" in names:
         return available
     for name in names:

@@ -44,8 +44,8 @@ class SpeedConfig:
     recipes: tuple[str, ...] = ("fqt1", "fqt1_shared", "psq1", "qat", "full_precision")
     """The library's recipes; fqt1_shared is fqt1 with prune=shared."""
     implementations: tuple[str, ...] = ()
-    """Of the kernels: names, or all for all that are available; the default is the preferred one,
-    and all of them with --check and --layers."""
+    """Of the kernels: names, or all for all that are available, the default of --check and
+    --layers; the steps' default is auto, the best for each product."""
     contenders: tuple[str, ...] = ()
     """Only these, such as torch jax fqt1/xla; the default is all."""
     threads: tuple[str, ...] = ("1", "all")
@@ -136,8 +136,9 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     roster = Roster(request["recipes"], request["implementations"], request["contenders"])
     if request["kind"] == "rss":
         return measure_rss(setting, roster.contenders[0])
-    result["left_out"] = roster.left_out
-    return result | measure_steps(setting, roster.contenders, **counts)
+    result |= measure_steps(setting, roster.contenders, **counts)
+    result["left_out"] = roster.left_out + result["left_out"]
+    return result
 
 
 def in_process(request: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from experiments import machine
+from experiments.cli import UserError
 from experiments.contenders import PHASES, Contender, Setting
+from fqt_jax.kernels.contract import UnsupportedError
 
 _SETTLE = 0.05
 """Seconds between contenders, in which the threads of the one before stop spinning."""
@@ -45,18 +47,29 @@ def measure_steps(
 
     Returns:
       ``dot_rate``, the machine's fp32 rate in G multiply-adds/s, and ``contenders``, by name:
-      ``phases`` with the summary of each in ms, and what :func:`compare` adds.
+      ``phases`` with the summary of each in ms, and what :func:`compare` adds; ``left_out``, why
+      contenders are missing whose implementation of the kernels does not serve their recipe.
+
+    Raises:
+      UserError: none is left.
     """
     # At both ends of the run, and the better of the two: it stands for what the machine can do.
     rate = machine.dot_rate()
+    left_out: list[str] = []
     runs: dict[str, dict[str, Callable[[], None]]] = {}
     for i, contender in enumerate(contenders):
         say(f"  building {contender.name} ({i + 1} of {len(contenders)})")
         contender.build(setting)
         runs[contender.name] = {**contender.phases(), "total": contender.step}
-        for run in runs[contender.name].values():
-            for _ in range(warmup):
-                run()
+        try:
+            for run in runs[contender.name].values():
+                for _ in range(warmup):
+                    run()
+        except UnsupportedError as error:
+            del runs[contender.name]
+            left_out.append(f"{contender.name} is left out: {error}")
+    if not runs:
+        raise UserError("; ".join(left_out))
     samples: dict[str, dict[str, list[float]]] = {
         name: {phase: [] for phase in of_one} for name, of_one in runs.items()
     }
@@ -73,10 +86,11 @@ def measure_steps(
             **c.details(),
         }
         for c in contenders
+        if c.name in runs
     }
     rate = max(rate, machine.dot_rate())
     compare(results, setting.batch_size, rate)
-    return {"dot_rate": rate, "contenders": results}
+    return {"dot_rate": rate, "contenders": results, "left_out": left_out}
 
 
 def compare(results: dict[str, dict[str, Any]], batch_size: int, dot_rate: float) -> None:

@@ -20,6 +20,7 @@ from experiments.contenders import (
     step_products,
 )
 from experiments.speed_steps import compare, measure_rss, measure_steps, summarize
+from fqt_jax.kernels.contract import UnsupportedError
 from fqt_jax.recipe import FQT1, FULL_PRECISION
 
 TINY = Setting("vgg_small", 0.125, 4, 8)
@@ -70,7 +71,23 @@ def test_contenders_take_turns_and_a_missing_phase_is_left_out(monkeypatch):
 
 
 def run_of(result):
-    return {"threads": 2, "machine": machine.describe(), "left_out": ["nothing"], **result}
+    result = {"left_out": ["nothing"]} | {k: v for k, v in result.items() if k != "left_out"}
+    return {"threads": 2, "machine": machine.describe(), **result}
+
+
+def test_a_contender_whose_kernels_decline_is_left_out_with_the_reason(monkeypatch):
+    monkeypatch.setattr("experiments.speed_steps._SETTLE", 0.0)
+
+    def decline():
+        raise UnsupportedError("no implementation serves this product")
+
+    declining = Fake("qat/native")
+    declining.step = decline
+    result = measure_steps(TINY, [Fake("jax"), declining], warmup=1, repeats=1)
+    assert set(result["contenders"]) == {"jax"}
+    assert result["left_out"] == ["qat/native is left out: no implementation serves this product"]
+    with pytest.raises(UserError, match="qat/native is left out"):
+        measure_steps(TINY, [declining], warmup=1, repeats=1)
 
 
 def test_ratios_follow_from_the_medians():
@@ -259,7 +276,8 @@ def test_bad_options_are_named(options, message):
 
 
 def test_unknown_names_and_defaults():
-    assert resolve_implementations([]) == resolve_implementations(["all"])[:1]
+    assert "xla" in resolve_implementations(["all"])
+    assert [c.name for c in Roster(["qat"], [], ["qat/auto"]).contenders] == ["qat/auto"]
     assert resolve_implementations(["xla", "xla"]) == ["xla"]
     with pytest.raises(ValueError, match="unknown implementation 'abacus'"):
         resolve_implementations(["abacus"])
