@@ -48,8 +48,9 @@ sanitize: $(VENV)/.sanitize
 	cp -r fqt_jax tests pyproject.toml build/sanitize/tree
 	rm -f build/sanitize/tree/fqt_jax/kernels/_native*.so
 	cp build/sanitize/cmake/_native*.so build/sanitize/tree/fqt_jax/kernels
-	cd build/sanitize/tree && LD_PRELOAD=$(PRELOAD) ASAN_OPTIONS=detect_leaks=0 \
-	  $(abspath $(BIN)/python) tests/kernels/native/run_here.py -p no:cacheprovider $(SANITIZED)
+	cd build/sanitize/tree && export LD_PRELOAD=$(PRELOAD) ASAN_OPTIONS=detect_leaks=0 && \
+	  $(abspath $(BIN)/python) -c "import fqt_jax.kernels._native as m; assert 'sanitize' in m.__file__" && \
+	  $(abspath $(BIN)/python) -m pytest -p no:cacheprovider $(SANITIZED)
 
 test-neon:
 	mkdir -p build
