@@ -17,7 +17,7 @@ from experiments.speed_steps import say, summarize, timed
 from fqt_jax import kernels
 from fqt_jax.binarize import PackedBits
 from fqt_jax.convert import quantize
-from fqt_jax.functional import roundings
+from fqt_jax.grouping import roundings
 from fqt_jax.kernels.contract import UnsupportedError
 from fqt_jax.recipe import FQT1, QAT
 from fqt_jax.rounding import seeds_from_key

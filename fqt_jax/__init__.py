@@ -3,6 +3,8 @@
 from fqt_jax.binarize import PackedBits as PackedBits
 from fqt_jax.binarize import binarize as binarize
 from fqt_jax.binarize import weight_scale as weight_scale
+from fqt_jax.chain import Between as Between
+from fqt_jax.chain import run_chain as run_chain
 from fqt_jax.convert import Conversion as Conversion
 from fqt_jax.convert import ConversionTable as ConversionTable
 from fqt_jax.convert import quantize as quantize

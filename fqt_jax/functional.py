@@ -25,12 +25,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from fqt_jax import kernels
 from fqt_jax.binarize import PackedBits, check_float, weight_scale
-from fqt_jax.kernels.contract import GroupAxis, Rounding, Window
+from fqt_jax.grouping import roundings
+from fqt_jax.kernels.contract import Window
 from fqt_jax.kernels.float_conv import conv as float_conv
 from fqt_jax.kernels.float_conv import conv_input_grad, conv_weight_grad
-from fqt_jax.pruning import Selection, draw, group_importance, sum_of_squares
-from fqt_jax.recipe import FQT1, GradientQuantizer, Recipe
-from fqt_jax.rounding import clamp_range, seeds_from_key
+from fqt_jax.recipe import FQT1, Recipe
+from fqt_jax.rounding import seeds_from_key
 
 Padding = str | int | Sequence[int | tuple[int, int]]
 
@@ -239,7 +239,7 @@ def _apply(
             else f"scale= is for recipes with scale='learned'; this one has {recipe.scale!r}."
         )
     if not recipe.binary:
-        return _float_conv(static.window, *_varying_together((x, w)))
+        return _float_conv(static.window, *varying_together((x, w)))
     if recipe.gradient is not None and key is None:
         raise ValueError("this recipe rounds gradients at random: pass key=jax.random.key(...).")
     if recipe.scale == "mean_abs":
@@ -247,10 +247,10 @@ def _apply(
     if scale is not None:
         _check_channels("scale", scale, w)
     seeds = None if recipe.gradient is None or key is None else seeds_from_key(key, 4)
-    return _binary_conv(static, *_varying_together((x, w, scale, seeds)))
+    return _binary_conv(static, *varying_together((x, w, scale, seeds)))
 
 
-def _varying_together(operands: Any) -> Any:
+def varying_together(operands: Any) -> Any:
     """Makes all arrays vary along the same axes of an enclosing :func:`jax.shard_map`.
 
     A gradient rule of one's own must return cotangents that vary like its arguments, which those
@@ -343,79 +343,12 @@ def _binary_conv_bwd(
         for_input, for_weight = roundings(g, recipe.gradient, recipe.prune == "shared", seeds)
     input_size = (x_signs.shape[0], x_signs.shape[1])
     dx = kernels.input_grad(
-        g, w_signs, for_input, window, input_size, implementation=implementation
+        g, w_signs, for_input, window, input_size, mask=x_clip, implementation=implementation
     )
     dw = kernels.weight_grad(g, x_signs, for_weight, window, implementation=implementation)
     if x_clip is not None:
-        dx = jnp.where(x_clip.unpack(), dx, jnp.float32(0))
         dw = jnp.where(jnp.abs(w) <= 1, dw, jnp.float32(0))
     return dx.astype(dy.dtype), dw.astype(w.dtype), d_alpha, None
 
 
 _binary_conv.defvjp(_binary_conv_fwd, _binary_conv_bwd)
-
-
-def roundings(
-    g: jax.Array, quantizer: GradientQuantizer, shared: bool, seeds: Sequence[jax.Array]
-) -> tuple[Rounding, Rounding]:
-    """What the kernels need to quantize ``g`` for the input and for the weight gradient.
-
-    Everything follows from the minimum and maximum of each (sample, channel) pair, one pass over
-    ``g``: groups of samples and of channels, folded weights or not, are reductions of those.
-
-    Args:
-      g: ``float32[N, H', W', O]``.
-      quantizer: bits, keep, sampler, importance, groups.
-      shared: whether the weight gradient uses the samples drawn for the input gradient.
-      seeds: four of ``uint32[2]``: sample draw, channel draw, input rounding, weight rounding.
-
-    Returns:
-      The :class:`Rounding` of the input gradient and that of the weight gradient.
-    """
-    n, _, _, o = g.shape
-    lo, hi = jnp.min(g, axis=(1, 2)), jnp.max(g, axis=(1, 2))  # [N, O]
-    largest = jnp.maximum(jnp.max(hi), -jnp.min(lo))
-
-    def select(axis: int, seed: jax.Array) -> Selection | None:
-        size = (n, o)[axis]
-        k = quantizer.kept(size)
-        if k == size:
-            return None
-        squares = None
-        if quantizer.importance == "norm":
-            reduced = tuple(a for a in range(4) if a != 3 * axis)
-            squares = sum_of_squares(g, largest, reduced)
-        importance = group_importance(
-            lo.min(1 - axis), hi.max(1 - axis), squares, quantizer.sampler
-        )
-        return draw(importance, k, quantizer.sampler, seed)
-
-    def rounding(
-        axis: int, lo: jax.Array, hi: jax.Array, seed: jax.Array, kept: dict[str, Any]
-    ) -> Rounding:
-        if quantizer.groups == "tensor":
-            lo, hi = (jnp.broadcast_to(v, a.shape) for v, a in ((lo.min(), lo), (hi.max(), hi)))
-        groups: GroupAxis = "channels" if axis else "samples"
-        own: Selection | None = kept[groups]
-        if own is not None:
-            lo, hi = lo[own.indices], hi[own.indices]
-        value_range = clamp_range(hi - lo)
-        return Rounding(lo, value_range, seed, bits=quantizer.bits, groups=groups, **kept)
-
-    samples = select(0, seeds[0])
-    only_samples = {"samples": samples, "channels": None}
-    for_input = rounding(0, lo.min(1), hi.max(1), seeds[2], only_samples)
-    if quantizer.groups == "sample":
-        return for_input, rounding(0, lo.min(1), hi.max(1), seeds[3], only_samples)
-    if not shared:
-        only_channels = {"samples": None, "channels": select(1, seeds[1])}
-        return for_input, rounding(1, lo.min(0), hi.max(0), seeds[3], only_channels)
-    if samples is not None:
-        # Multiplying by a positive weight commutes with min and max, exactly.
-        weights = samples.weights.reshape(-1, 1)
-        lo, hi = (a[samples.indices] for a in (lo, hi))
-        # A dropped sample must not count, unless all are: then the range is that of nothing, zero.
-        beyond = jnp.where(jnp.any(weights != 0), jnp.float32(jnp.inf), jnp.float32(0))
-        lo = jnp.where(weights == 0, beyond, lo * weights)
-        hi = jnp.where(weights == 0, -beyond, hi * weights)
-    return for_input, rounding(1, lo.min(0), hi.max(0), seeds[3], only_samples)

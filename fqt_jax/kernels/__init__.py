@@ -107,6 +107,8 @@ def input_grad(
     window: Window,
     input_size: Pair,
     *,
+    mask: PackedBits | None = None,
+    compact: bool = False,
     implementation: str | None = None,
 ) -> jax.Array:
     """Gradient with respect to the signs of the input.
@@ -117,10 +119,13 @@ def input_grad(
       rounding: codes over groups of samples; ``None`` uses ``g`` as it is.
       window: size, strides and padding of the forward convolution.
       input_size: ``(H, W)`` of its input.
+      mask: of the shape of the input; entries whose bit is clear get zero.
+      compact: leave out the samples that were not kept.
       implementation: name of the implementation; ``None`` picks one.
 
     Returns:
-      ``float32[N, H, W, C]``, zero for samples that were not kept.
+      ``float32[N, H, W, C]``, zero for samples that were not kept; with ``compact``, one row for
+      each kept sample, in the order of the selection.
 
     Raises:
       ValueError: the operands do not fit together, or no implementation serves the case.
@@ -130,7 +135,9 @@ def input_grad(
     if rounding is not None and rounding.channels is not None:
         raise ValueError("the input gradient contracts over output channels: keep all of them.")
     return _dispatch(
-        "input_grad", implementation, lambda run: run(g, w, rounding, window, input_size)
+        "input_grad",
+        implementation,
+        lambda run: run(g, w, rounding, window, input_size, mask, compact),
     )
 
 

@@ -56,33 +56,40 @@ def unavailable() -> str | None:
 def forward(x: PackedBits, w: PackedBits, window: Window) -> jax.Array:
     """See :func:`fqt_jax.kernels.forward`."""
     n, (h, width, c), o = x.words.shape[0], x.shape, w.shape[3]
-    out = (n, *window.output_size((h, width)), o)
-    dtype = sum_dtype(math.prod(window.size) * c)
-    return _call(
-        "fqt_jax_forward", out, dtype, x.words, w.words, sizes=_sizes((h, width), c, o, window)
-    )
+    shape = (n, *window.output_size((h, width)), o)
+    out = jax.ShapeDtypeStruct(shape, sum_dtype(math.prod(window.size) * c))
+    return call("forward", out, x.words, w.words, sizes=_sizes((h, width), c, o, window))
 
 
 def input_grad(
-    g: jax.Array, w: PackedBits, rounding: Rounding | None, window: Window, input_size: Pair
+    g: jax.Array,
+    w: PackedBits,
+    rounding: Rounding | None,
+    window: Window,
+    input_size: Pair,
+    mask: PackedBits | None,
+    compact: bool,
 ) -> jax.Array:
     """See :func:`fqt_jax.kernels.input_grad`."""
     rounding = _rounding(rounding)
     _, _, c, o = w.shape
     _check_sums(math.prod(window.size) * o, rounding.bits)
-    return _call(
-        "fqt_jax_input_grad",
-        (g.shape[0], *input_size, c),
-        jnp.float32,
+    n = rounding.lo.shape[0] if compact else g.shape[0]
+    return call(
+        "input_grad",
+        jax.ShapeDtypeStruct((n, *input_size, c), jnp.float32),
         g,
         w.words,
         rounding.lo,
         rounding.value_range,
         rounding.seed,
         *_selection(rounding.samples),
+        jnp.zeros((0, 0), jnp.uint32) if mask is None else mask.words,
         sizes=_sizes(input_size, c, o, window),
         bits=np.int64(rounding.bits),
         selects_samples=rounding.samples is not None,
+        has_mask=mask is not None,
+        scatters=not compact,
     )
 
 
@@ -97,10 +104,9 @@ def weight_grad(
     n, out_h, out_w, o = g.shape
     samples = n if rounding.samples is None else rounding.samples.indices.shape[0]
     _check_sums(samples * out_h * out_w, rounding.bits)
-    return _call(
-        "fqt_jax_weight_grad",
-        (*window.size, c, o),
-        jnp.float32,
+    return call(
+        "weight_grad",
+        jax.ShapeDtypeStruct((*window.size, c, o), jnp.float32),
         g,
         x.words,
         rounding.lo,
@@ -113,6 +119,12 @@ def weight_grad(
         selects_samples=rounding.samples is not None,
         selects_channels=rounding.channels is not None,
     )
+
+
+def call(name: str, results: Any, *operands: jax.Array, **attributes: Any) -> Any:
+    """The one place that calls a kernel, by its name and the shapes and types of its results."""
+    kernel = jax.ffi.ffi_call(f"fqt_jax_{name}", results, vmap_method="sequential")
+    return kernel(*operands, **attributes)
 
 
 def _rounding(rounding: Rounding | None) -> Rounding:
@@ -136,11 +148,3 @@ def _selection(selection: Selection | None) -> tuple[jax.Array, jax.Array]:
     if selection is None:
         return jnp.zeros(0, jnp.int32), jnp.zeros(0, jnp.float32)
     return selection.indices, selection.weights
-
-
-def _call(
-    name: str, shape: tuple[int, ...], dtype: Any, *operands: jax.Array, **attributes: Any
-) -> jax.Array:
-    """The one place that calls a kernel."""
-    call = jax.ffi.ffi_call(name, jax.ShapeDtypeStruct(shape, dtype), vmap_method="sequential")
-    return call(*operands, **attributes)

@@ -71,7 +71,13 @@ def forward(x: PackedBits, w: PackedBits, window: Window) -> jax.Array:
 
 
 def input_grad(
-    g: jax.Array, w: PackedBits, rounding: Rounding | None, window: Window, input_size: Pair
+    g: jax.Array,
+    w: PackedBits,
+    rounding: Rounding | None,
+    window: Window,
+    input_size: Pair,
+    mask: PackedBits | None,
+    compact: bool,
 ) -> jax.Array:
     """See :func:`fqt_jax.kernels.input_grad`."""
     if rounding is None:
@@ -84,7 +90,7 @@ def input_grad(
     sign_sums = input_sign_sums(w, window, input_size)
     if codes.size == 0 or c == 0:
         sums = jnp.zeros((codes.shape[0], h, width, c), jnp.int32)
-        return scale_input_grad(sums, sign_sums, rounding, g.shape[0])
+        return scale_input_grad(sums, sign_sums, rounding, g.shape[0], mask, compact)
     # The transposed convolution is a convolution of the dilated gradient with the flipped window.
     columns = pack_bytes(w.unpack()[::-1, ::-1].transpose(0, 1, 3, 2), axis=2).reshape(-1, c)
     flipped = Window(window.size)
@@ -102,7 +108,7 @@ def input_grad(
         return 2 * both - jnp.sum(totals, axis=2, keepdims=True)
 
     sums = lax.map(sample, codes, batch_size=_block(bits * h * width * c))
-    return scale_input_grad(sums, sign_sums, rounding, g.shape[0])
+    return scale_input_grad(sums, sign_sums, rounding, g.shape[0], mask, compact)
 
 
 def weight_grad(

@@ -149,7 +149,13 @@ def forward(x: PackedBits, w: PackedBits, window: Window) -> jax.Array:
 
 
 def input_grad(
-    g: jax.Array, w: PackedBits, rounding: Rounding | None, window: Window, input_size: Pair
+    g: jax.Array,
+    w: PackedBits,
+    rounding: Rounding | None,
+    window: Window,
+    input_size: Pair,
+    mask: PackedBits | None,
+    compact: bool,
 ) -> jax.Array:
     """See :func:`fqt_jax.kernels.input_grad`."""
     if rounding is None:
@@ -162,7 +168,7 @@ def input_grad(
     sign_sums = input_sign_sums(w, window, input_size)
     if positions * c * o == 0:
         sums = jnp.zeros((n, *input_size, c), jnp.int32)
-        return scale_input_grad(sums, sign_sums, rounding, g.shape[0])
+        return scale_input_grad(sums, sign_sums, rounding, g.shape[0], mask, compact)
     rows, cols = _tile(positions, plan, 128), _tile(c, plan, 64)
     # Bit b of byte row (i, k) is the sign of row (8 i + b, k), with ``lanes`` rows k: the rows of
     # one product then share a bit.
@@ -195,7 +201,7 @@ def input_grad(
         (shape, jnp.int32, pl.BlockSpec((rows, cols), lambda i, j: (i, j))),
     )
     sums = sums[:positions, :c].reshape(n, *input_size, c)
-    return scale_input_grad(sums, sign_sums, rounding, g.shape[0])
+    return scale_input_grad(sums, sign_sums, rounding, g.shape[0], mask, compact)
 
 
 def weight_grad(

@@ -119,8 +119,18 @@ def _tap_sources(size: Pair, window: Window, axis: int) -> np.ndarray:
     return counts
 
 
+def masked(dx: jax.Array, mask: PackedBits | None) -> jax.Array:
+    """Zero where the mask's bit is clear."""
+    return dx if mask is None else jnp.where(mask.unpack(), dx, jnp.float32(0))
+
+
 def scale_input_grad(
-    sums: jax.Array, sign_sums: jax.Array, rounding: Rounding, n_samples: int
+    sums: jax.Array,
+    sign_sums: jax.Array,
+    rounding: Rounding,
+    n_samples: int,
+    mask: PackedBits | None,
+    compact: bool,
 ) -> jax.Array:
     """The input gradient from its integer sums; samples that were not kept get zero.
 
@@ -129,12 +139,17 @@ def scale_input_grad(
       sign_sums: ``[1, H, W, C]``.
       rounding: groups of samples.
       n_samples: the number of samples of the whole batch.
+      mask: entries whose bit is clear get zero.
+      compact: leave the samples out that were not kept.
     """
     kept = per_sample(code_step(rounding)) * sums.astype(jnp.float32)
     kept = kept + per_sample(rounding.lo) * sign_sums.astype(jnp.float32)
     if rounding.samples is None:
-        return kept
+        return masked(kept, mask)
     kept = weighted(kept, per_sample(rounding.samples.weights))
+    kept = masked(kept, mask and take(mask, rounding.samples))
+    if compact:
+        return kept
     zeros = jnp.zeros((n_samples, *kept.shape[1:]), jnp.float32)
     return zeros.at[rounding.samples.indices].set(kept, unique_indices=True, mode="drop")
 

@@ -18,6 +18,7 @@ from fqt_jax.kernels.scaling import (
     code_step,
     gradient_codes,
     input_sign_sums,
+    masked,
     per_sample,
     scale_input_grad,
     scale_weight_grad,
@@ -46,15 +47,21 @@ def forward(x: PackedBits, w: PackedBits, window: Window) -> jax.Array:
 
 
 def input_grad(
-    g: jax.Array, w: PackedBits, rounding: Rounding | None, window: Window, input_size: Pair
+    g: jax.Array,
+    w: PackedBits,
+    rounding: Rounding | None,
+    window: Window,
+    input_size: Pair,
+    mask: PackedBits | None,
+    compact: bool,
 ) -> jax.Array:
     """See :func:`fqt_jax.kernels.input_grad`."""
     if rounding is None:
-        return conv_input_grad(g, w.signs(jnp.float32), window, input_size)
+        return masked(conv_input_grad(g, w.signs(jnp.float32), window, input_size), mask)
     codes = gradient_codes(g, rounding)
     sums = _exact_input_grad(codes, w.signs(_carrier()), rounding.bits, window, input_size)
     sign_sums = input_sign_sums(w, window, input_size)
-    return scale_input_grad(sums, sign_sums, rounding, g.shape[0])
+    return scale_input_grad(sums, sign_sums, rounding, g.shape[0], mask, compact)
 
 
 def weight_grad(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 
@@ -16,16 +15,6 @@ def scaled(channels: int, width: float) -> int:
     if not width > 0:
         raise ValueError(f"width must be positive; got {width}.")
     return channels if width == 1 else max(8, 8 * round(channels * width / 8))
-
-
-def max_pool(x: jax.Array, size: int) -> jax.Array:
-    """Max-pool over windows of ``size x size`` that do not overlap; a remainder is left out.
-
-    A reshape and a maximum, whose gradient costs far less on CPUs than that of a general window.
-    """
-    n, h, w, c = x.shape
-    x = x[:, : h - h % size, : w - w % size]
-    return jnp.max(x.reshape(n, h // size, size, w // size, size, c), axis=(2, 4))
 
 
 def avg_pool(x: jax.Array, size: int) -> jax.Array:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fqt_jax.chain import Between, run_chain
 from fqt_jax.models.common import avg_pool, scaled
 
 
@@ -102,8 +103,12 @@ class _Block(nnx.Module):
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.act1(self.conv1(self.norm1(x)))
-        y = self.act2(self.conv2(self.norm2(y)))
+        betweens = (
+            Between(self.norm1),
+            Between(self.norm2, self.act1, order="act_norm"),
+            Between(act=self.act2),
+        )
+        y = run_chain(x, betweens, (self.conv1, self.conv2))
         return y + (x if self.shortcut is None else self.shortcut(x))
 
 

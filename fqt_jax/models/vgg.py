@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fqt_jax.models.common import max_pool, scaled
+from fqt_jax.chain import Between, run_chain
+from fqt_jax.models.common import scaled
 
 
 class VGG(nnx.Module):
@@ -61,10 +62,14 @@ class VGG(nnx.Module):
                 f"images must be at least {smallest}x{smallest} for {len(self.stages)} stages; "
                 f"got {x.shape[1]}x{x.shape[2]}."
             )
-        for stage in self.stages:
-            for layer in stage:
-                x = layer(x)
-            x = max_pool(x, 2)
+        layers = [layer for stage in self.stages for layer in stage]
+        betweens = [
+            Between(layer.norm, layer.act, pool=2 if layer is stage[-1] else 1)
+            for stage in self.stages
+            for layer in stage
+        ]
+        x = layers[0].conv(x)
+        x = run_chain(x, betweens, [layer.conv for layer in layers[1:]])
         return self.head(jnp.mean(x, axis=(1, 2)))
 
 
@@ -73,9 +78,6 @@ class _ConvNormAct(nnx.Module):
         self.conv = nnx.Conv(in_features, out_features, (3, 3), use_bias=False, rngs=rngs)
         self.norm = nnx.BatchNorm(out_features, momentum=0.9, rngs=rngs)
         self.act = nnx.PReLU(0.25)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.act(self.norm(self.conv(x)))
 
 
 VGGSmall = functools.partial(VGG, ((32, 32), (64, 64), (128, 128)))

@@ -26,7 +26,12 @@ class InputGrad final : public Product {
       is_kept[static_cast<size_t>(args.samples.index(slot))] = true;
     }
     for (int64_t n = 0; n < geometry_.n; ++n) {
-      if (!is_kept[static_cast<size_t>(n)]) dropped_.push_back(n);
+      if (!is_kept[static_cast<size_t>(n)] && args.scatters) dropped_.push_back(n);
+    }
+    if (!args.scatters) {
+      for (int64_t slot = 0; slot < args.samples.count; ++slot) {
+        if (args.samples.weight(slot) == 0.0f) dropped_.push_back(slot);
+      }
     }
     // Rounding is repeated for the rows that two blocks share, and for each block of panels.
     cut_ = make_cut(static_cast<int64_t>(slots_.size()), samples, geometry_.y.in,
@@ -35,7 +40,7 @@ class InputGrad final : public Product {
     for (const Panel& panel : panels_) pack_panel(panel);
   }
 
-  // Each dropped sample is a task of its own: its rows become zero.
+  // Each dropped sample is a task of its own: its row becomes zero.
   int64_t tasks() const override {
     return cut_.tasks() + static_cast<int64_t>(dropped_.size());
   }
@@ -232,8 +237,11 @@ class InputGrad final : public Product {
         const float weight = args_.samples.weight(slot);
         const float step = args_.rounding.range[slot] / top, lo = args_.rounding.lo[slot];
         const int64_t n = args_.samples.index(slot);
-        float* __restrict dx = args_.dx + panel.channel +
-                               ((n * geometry_.y.in + y) * geometry_.x.in + x) * geometry_.c;
+        const int64_t position = y * geometry_.x.in + x;
+        float* __restrict dx =
+            args_.dx + panel.channel +
+            ((args_.scatters ? n : slot) * geometry_.y.in * geometry_.x.in + position) *
+                geometry_.c;
         const int32_t* __restrict row = sums;
         const float* __restrict signs = sign_sums;
         const auto codes = static_cast<uint32_t>(*code_sums);
@@ -241,8 +249,21 @@ class InputGrad final : public Product {
           const auto sum = static_cast<int32_t>(2u * static_cast<uint32_t>(row[k]) - codes);
           dx[k] = weight * (step * static_cast<float>(sum) + lo * signs[k]);
         }
+        if (args_.mask.words != nullptr) {
+          apply_mask(n, position * geometry_.c + panel.channel, count, dx);
+        }
         sums += panel.width;
       }
+    }
+  }
+
+  // Clears the entries of a row whose bits, from `first` on, are clear.
+  void apply_mask(int64_t n, int64_t first, int64_t count, float* __restrict dx) const {
+    const uint32_t* words = args_.mask.words + n * args_.mask.row_words;
+    for (int64_t i = 0; i < count; i += 32) {
+      const int64_t here = std::min<int64_t>(32, count - i);
+      const auto bits = static_cast<uint32_t>(extract_bits(words, first + i, here));
+      for (int64_t k = 0; k < here; ++k) dx[i + k] = bits >> k & 1 ? dx[i + k] : 0.0f;
     }
   }
 
@@ -255,7 +276,7 @@ class InputGrad final : public Product {
   const Buffer<uint8_t> index_;
   const Buffer<int32_t> sign_sums_;  // [taps, c]: sum of the signs over the output channels
   std::vector<int64_t> slots_;    // of samples kept with a weight other than zero
-  std::vector<int64_t> dropped_;  // the other samples
+  std::vector<int64_t> dropped_;  // rows of dx that belong to no such sample
   Cut cut_;
 };
 

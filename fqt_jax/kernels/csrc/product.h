@@ -57,7 +57,9 @@ struct InputGradArgs {
   Bits w;
   Kept samples;
   Rounding rounding;  // groups are the kept samples
-  float* dx;          // [n, h, w, c]
+  Bits mask;          // entries of x whose bit is clear get zero; no words: none do
+  bool scatters;      // to all samples; else dx has rows for the kept ones only
+  float* dx;          // [n or samples.count, h, w, c]
   int64_t threads;
 };
 
@@ -71,12 +73,77 @@ struct WeightGradArgs {
   int64_t threads;
 };
 
+// [n, h, w, c]
+struct Shape {
+  int64_t n, h, w, c;
+};
+
+enum class SourceType { kInt16, kInt32, kFloat32 };
+
+// What stands between two products; see transform.h. `coefficients` are rows of c floats: S, T, P1,
+// Q1, P0, Q0, and for the backward pass G1, H1, K1, G0, H0, K0. Windows of `pool` x `pool` are
+// pooled; rows and columns beyond the last whole window are left out.
+struct TransformArgs {
+  Shape shape;
+  const void* s;
+  SourceType type;
+  const float* coefficients;
+  int64_t pool;
+};
+
+struct MomentsArgs {
+  Shape shape;
+  const void* s;
+  SourceType type;
+  float* moments;  // [4, c]
+};
+
+struct EncodeArgs {
+  TransformArgs transform;
+  uint32_t *signs, *clip;  // [n, row_words]
+  int64_t row_words;
+  float* nan;  // [n]: NaN where the source has one, else zero
+};
+
+struct ActivateArgs {
+  TransformArgs transform;
+  float* t;  // [n, h / pool, w / pool, c]
+};
+
+struct GradientSumsArgs {
+  TransformArgs transform;
+  const float* d;  // [samples.count, h / pool, w / pool, c]
+  Kept samples;
+  float* sums;  // [4, c]
+};
+
+struct GradientArgs {
+  TransformArgs transform;
+  const float* d;
+  Kept samples;
+  float* g;         // [n, h, w, c]
+  float *lo, *hi;   // [n, c]
+};
+
+struct EncodeWeightsArgs {
+  const float* w;  // [rows, o]
+  int64_t rows, o;
+  uint32_t* signs;  // one row of words
+  float* scale;     // [o]
+};
+
 // One set of kernels, compiled for one instruction set.
 struct Kernels {
   const char* isa;
   std::unique_ptr<Product> (*forward)(const ForwardArgs&);
   std::unique_ptr<Product> (*input_grad)(const InputGradArgs&);
   std::unique_ptr<Product> (*weight_grad)(const WeightGradArgs&);
+  std::unique_ptr<Product> (*moments)(const MomentsArgs&);
+  std::unique_ptr<Product> (*encode)(const EncodeArgs&);
+  std::unique_ptr<Product> (*activate)(const ActivateArgs&);
+  std::unique_ptr<Product> (*gradient_sums)(const GradientSumsArgs&);
+  std::unique_ptr<Product> (*gradient)(const GradientArgs&);
+  std::unique_ptr<Product> (*encode_weights)(const EncodeWeightsArgs&);
 };
 
 // Multiply-adds of the whole convolution, the measure of how much work there is.

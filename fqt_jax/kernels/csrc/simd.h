@@ -286,6 +286,29 @@ inline void make_tables(const uint32_t* codes, int64_t n, uint8_t* tables, int64
   }
 }
 
+// For 32 floats, the words of [t >= 0] and [|t| <= 1].
+inline void sign_masks(const float* t, uint32_t* signs, uint32_t* clip) {
+  uint32_t sign = 0, inside = 0;
+#if defined(FQT_SIMD_AVX512) || defined(FQT_SIMD_AVX2)
+  const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF));
+  for (int i = 0; i < 4; ++i) {
+    const __m256 v = _mm256_loadu_ps(t + 8 * i);
+    const __m256 at_least_zero = _mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_GE_OQ);
+    const __m256 at_most_one =
+        _mm256_cmp_ps(_mm256_and_ps(v, magnitude), _mm256_set1_ps(1.0f), _CMP_LE_OQ);
+    sign |= static_cast<uint32_t>(_mm256_movemask_ps(at_least_zero)) << (8 * i);
+    inside |= static_cast<uint32_t>(_mm256_movemask_ps(at_most_one)) << (8 * i);
+  }
+#else
+  for (int i = 0; i < 32; ++i) {
+    sign |= static_cast<uint32_t>(t[i] >= 0.0f) << i;
+    inside |= static_cast<uint32_t>(t[i] >= -1.0f && t[i] <= 1.0f) << i;
+  }
+#endif
+  *signs = sign;
+  *clip = inside;
+}
+
 // Transposes `rows` x `columns` floats; rows of `in` and of `out` are `in_stride` and `out_stride`
 // floats apart.
 inline void transpose(const float* in, int64_t in_stride, int64_t rows, int64_t columns, float* out,

@@ -315,8 +315,8 @@ bool check(uint64_t seed) {
     expect(std::vector<int32_t>(narrow.begin(), narrow.end()) == z && wide == z, "forward");
     const float garbage = 12345;
     std::vector<float> out(dx.size(), garbage);
-    run(kernels->input_grad({g, c.g.data(), c.w.bits(), c.samples.kept(), c.rounding, out.data(),
-                             c.threads}),
+    run(kernels->input_grad({g, c.g.data(), c.w.bits(), c.samples.kept(), c.rounding, Bits{nullptr, 0},
+                             true, out.data(), c.threads}),
         c.random);
     expect(same(out, dx), "input_grad");
     out.assign(dw.size(), garbage);

@@ -1,0 +1,412 @@
+r"""Convolutions in a chain, with norms, activations and pooling between them.
+
+:func:`run_chain` computes what calling the modules in turn does. Where the convolutions are
+quantized and the native kernels serve them, no float activation is ever made in between: what
+stands between two integer products is a function of each integer sum ``z``, linear on either side
+of a kink (:mod:`fqt_jax.kernels.transforms`). Its signs go into the next product, and backward
+evaluates it again. What a chain keeps for the backward pass is, for each entry, two bits and the
+integer sum.
+
+The gradients of all parameters, of the weight scales and of the batch statistics follow from four
+sums for each channel, through ordinary differentiation of the function's coefficients.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from fqt_jax import kernels
+from fqt_jax.binarize import PackedBits
+from fqt_jax.functional import resolve_window, varying_together
+from fqt_jax.grouping import roundings
+from fqt_jax.kernels import native, transforms
+from fqt_jax.kernels.contract import Window
+from fqt_jax.kernels.transforms import Flow, Line
+from fqt_jax.layers import QuantConv
+from fqt_jax.recipe import Recipe
+from fqt_jax.rounding import seeds_from_key
+
+Order = Literal["norm_act", "act_norm"]
+
+
+class Between(NamedTuple):
+    """What stands between two convolutions: a norm and an activation, either way round, and then
+    max-pooling over ``pool x pool``. Calling it applies it.
+
+    Attributes:
+      norm: a :class:`flax.nnx.BatchNorm`, any other module, or ``None``.
+      act: a :class:`flax.nnx.PReLU`, any other module, or ``None``.
+      order: which of the two comes first.
+      pool: size of the pooling windows, which do not overlap; a remainder is left out.
+    """
+
+    norm: Callable[..., Any] | None = None
+    act: Callable[..., Any] | None = None
+    order: Order = "norm_act"
+    pool: int = 1
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies norm, activation and pooling to ``x[N, H, W, C]``."""
+        steps = (self.norm, self.act) if self.order == "norm_act" else (self.act, self.norm)
+        for step in steps:
+            x = x if step is None else step(x)
+        return max_pool(x, self.pool)
+
+
+def max_pool(x: jax.Array, size: int) -> jax.Array:
+    """Max-pool over windows of ``size x size`` that do not overlap; a remainder is left out.
+
+    A reshape and a maximum, whose gradient costs far less on CPUs than that of a general window.
+    """
+    if size == 1:
+        return x
+    n, h, w, c = x.shape
+    x = x[:, : h - h % size, : w - w % size]
+    return jnp.max(x.reshape(n, h // size, size, w // size, size, c), axis=(2, 4))
+
+
+def run_chain(
+    x: jax.Array, betweens: Sequence[Between], convs: Sequence[Callable[..., Any]]
+) -> jax.Array:
+    """Applies ``betweens[0]``, ``convs[0]``, ``betweens[1]``, ..., ``betweens[-1]``.
+
+    Runs in fused form where every convolution is a :class:`~fqt_jax.QuantConv` of a binary recipe
+    without bias, every norm a plain :class:`flax.nnx.BatchNorm` and every activation a plain
+    :class:`flax.nnx.PReLU`, in float32, and the native kernels are available. The two forms differ
+    by float rounding, and so, now and then, in a sign or a code at the edge.
+
+    Args:
+      x: input, ``[N, H, W, C]``.
+      betweens: one more than there are convolutions.
+      convs: the convolutions.
+
+    Returns:
+      The output of the last one, ``[N, H', W', C']``.
+
+    Raises:
+      ValueError: the numbers of ``betweens`` and ``convs`` do not fit, or a layer refuses.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import fqt_jax as fqt
+      >>> rngs = nnx.Rngs(0)
+      >>> convs = [fqt.QuantConv(8, 8, 3, use_bias=False, rngs=rngs) for _ in range(2)]
+      >>> norms = [nnx.BatchNorm(8, rngs=rngs) for _ in range(3)]
+      >>> betweens = [fqt.Between(norm, nnx.PReLU()) for norm in norms]
+      >>> fqt.run_chain(jnp.ones((2, 4, 4, 8)), betweens, convs).shape
+      (2, 4, 4, 8)
+    """
+    if len(betweens) != len(convs) + 1:
+        raise ValueError(
+            f"{len(convs)} convolutions have {len(convs) + 1} places around them; got "
+            f"{len(betweens)} betweens."
+        )
+    if _can_fuse(x, betweens, convs):
+        return _run_fused(x, betweens, convs)
+    x = betweens[0](x)
+    for conv, between in zip(convs, betweens[1:], strict=True):
+        x = between(conv(x))
+    return x
+
+
+def _can_fuse(x: jax.Array, betweens: Sequence[Between], convs: Sequence[Any]) -> bool:
+    def is_plain(layer: Any) -> bool:
+        return (
+            isinstance(layer, QuantConv)
+            and layer.recipe.binary
+            and layer.bias is None
+            and layer.implementation in (None, "native")
+            and layer.kernel.size > 0
+        )
+
+    def is_linear(between: Between) -> bool:
+        norm, act = between.norm, between.act
+        plain_norm = norm is None or (
+            type(norm) is nnx.BatchNorm
+            and norm.scale is not None
+            and norm.bias is not None
+            and norm.axis_name is None
+            and norm.axis == -1
+            and norm.dtype in (None, jnp.float32)
+        )
+        return plain_norm and (act is None or type(act) is nnx.PReLU)
+
+    return (
+        len(convs) > 0
+        and native.unavailable() is None
+        and x.ndim == 4
+        and x.dtype == jnp.float32
+        and x.size > 0
+        and all(map(is_plain, convs))
+        and all(map(is_linear, betweens))
+    )
+
+
+class _Shape(NamedTuple):
+    """What is static of a :class:`Between`."""
+
+    order: Order
+    pool: int
+    has_norm: bool
+    has_act: bool
+    epsilon: float
+    uses_running: bool  # statistics rather than those of the batch
+
+
+class _Link(NamedTuple):
+    """What is static of a convolution."""
+
+    recipe: Recipe
+    window: Window
+    implementation: str | None
+
+
+class _Static(NamedTuple):
+    shapes: tuple[_Shape, ...]
+    links: tuple[_Link, ...]
+
+
+def _run_fused(x: jax.Array, betweens: Sequence[Between], convs: Sequence[Any]) -> jax.Array:
+    links, weights, seeds = [], [], []
+    size = x.shape[1:3]
+    for between, conv in zip(betweens, convs, strict=False):
+        size = (size[0] // between.pool, size[1] // between.pool)
+        window = resolve_window(conv.kernel.shape[:2], size, conv.strides, conv.padding)
+        size = window.output_size(size)
+        links.append(_Link(conv.recipe, window, conv.implementation))
+        scale = None if conv.scale is None else conv.scale[...]
+        weights.append((conv.kernel[...], scale))
+        seeds.append(None if conv.rounding is None else seeds_from_key(conv.rounding(), 4))
+    static = _Static(tuple(_shape_of(between) for between in betweens), tuple(links))
+    params = [_params_of(between) for between in betweens]
+    running = [_running_of(between) for between in betweens]
+    out, statistics = _fused(static, *varying_together((x, weights, params, running, seeds)))
+    for between, shape, of_batch in zip(betweens, static.shapes, statistics, strict=True):
+        if shape.has_norm and not shape.uses_running:
+            norm: Any = between.norm
+            for old, new in zip((norm.mean, norm.var), of_batch, strict=True):
+                new = lax.stop_gradient(new)
+                old[...] = norm.momentum * old[...] + (1 - norm.momentum) * new
+    return out
+
+
+def _shape_of(between: Between) -> _Shape:
+    norm: Any = between.norm
+    has_norm = norm is not None
+    return _Shape(
+        order=between.order,
+        pool=between.pool,
+        has_norm=has_norm,
+        has_act=between.act is not None,
+        epsilon=norm.epsilon if has_norm else 0.0,
+        uses_running=has_norm and bool(norm.use_running_average),
+    )
+
+
+def _params_of(between: Between) -> dict[str, jax.Array]:
+    params = {}
+    if between.norm is not None:
+        norm: Any = between.norm
+        params.update(gamma=norm.scale[...], beta=norm.bias[...])
+    if between.act is not None:
+        act: Any = between.act
+        params["slope"] = act.negative_slope[...]
+    return params
+
+
+def _running_of(between: Between) -> tuple[jax.Array, jax.Array] | None:
+    norm: Any = between.norm
+    return None if norm is None else (norm.mean[...], norm.var[...])
+
+
+def _line(
+    shape: _Shape,
+    params: dict[str, jax.Array],
+    scale: jax.Array,
+    moments: jax.Array | None,
+    running: tuple[jax.Array, jax.Array] | None,
+) -> tuple[Line, tuple[jax.Array, jax.Array] | None]:
+    """The function's coefficients, and the statistics of the batch.
+
+    With ``y = scale s``: ``prelu(gamma (y - mean) / deviation + beta)`` or, the other way round,
+    ``gamma (prelu(y) - mean) / deviation + beta``.
+    """
+    one, zero = jnp.ones_like(scale), jnp.zeros_like(scale)
+    slope = params["slope"] if shape.has_act else jnp.ones((), jnp.float32)
+    act_first = shape.order == "act_norm" and shape.has_act
+    # Slopes of the input of the norm, where s >= 0 and where it is not.
+    up = down = scale
+    if act_first:
+        up = jnp.where(scale >= 0, scale, slope * scale)
+        down = jnp.where(scale >= 0, slope * scale, scale)
+    factor, offset, statistics = one, zero, None
+    if shape.has_norm:
+        if shape.uses_running or moments is None:
+            assert running is not None
+            mean, var = running
+        else:
+            mean = up * moments[0] + down * moments[2]
+            square = up * up * moments[1] + down * down * moments[3]
+            var = jnp.maximum(square - mean * mean, jnp.float32(0))
+            statistics = mean, var
+        factor = params["gamma"] * lax.rsqrt(var + jnp.float32(shape.epsilon))
+        offset = params["beta"] - factor * mean
+    if act_first or not shape.has_act:
+        return Line(one, zero, factor * up, offset, factor * down, offset), statistics
+    above = factor * scale
+    return Line(above, offset, above, offset, slope * above, slope * offset), statistics
+
+
+class _Residuals(NamedTuple):
+    x: jax.Array
+    sums: list[jax.Array]  # of each convolution
+    signs: list[PackedBits]  # of its input
+    clips: list[PackedBits]
+    w_signs: list[PackedBits]
+    moments: list[jax.Array | None]  # of each source that a norm's batch statistics are of
+    scales: list[jax.Array]  # of each source
+    weights: Any
+    params: Any
+    running: Any
+    seeds: Any
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(
+    static: _Static, x: jax.Array, weights: Any, params: Any, running: Any, seeds: Any
+) -> tuple[jax.Array, list[Any]]:
+    return _fused_fwd(static, x, weights, params, running, seeds)[0]
+
+
+def _fused_fwd(
+    static: _Static, x: jax.Array, weights: Any, params: Any, running: Any, seeds: Any
+) -> tuple[tuple[jax.Array, list[Any]], _Residuals]:
+    kept = _Residuals(x, [], [], [], [], [], [], weights, params, running, seeds)
+    statistics = []
+    source, scale = x, jnp.ones(x.shape[3], jnp.float32)
+    nan_samples = jnp.zeros((), jnp.float32)
+    for i, shape in enumerate(static.shapes):
+        needs_moments = shape.has_norm and not shape.uses_running
+        moments = transforms.moments(source) if needs_moments else None
+        line, of_batch = _line(shape, params[i], scale, moments, running[i])
+        kept.moments.append(moments)
+        kept.scales.append(scale)
+        statistics.append(of_batch)
+        if i == len(static.links):
+            return (transforms.activate(source, line, shape.pool) + nan_samples, statistics), kept
+        signs, clip, nan = transforms.encode(source, line, shape.pool)
+        if i == 0:
+            nan_samples = nan.reshape(-1, 1, 1, 1)
+        signs, clip = checkpoint_name(signs, "fqt_signs"), checkpoint_name(clip, "fqt_clip")
+        w_signs, scale = _weights(static.links[i].recipe, weights[i])
+        # Signs would hide a NaN: it goes on as that of the scale.
+        scale = scale + jnp.where(jnp.isnan(sum(map(jnp.sum, line))), jnp.float32(jnp.nan), 0.0)
+        link = static.links[i]
+        source = kernels.forward(signs, w_signs, link.window, implementation=link.implementation)
+        source = checkpoint_name(source, "fqt_sums")
+        kept.sums.append(source)
+        kept.signs.append(signs)
+        kept.clips.append(clip)
+        kept.w_signs.append(w_signs)
+    raise AssertionError("a chain ends with what follows its last convolution")
+
+
+def _weights(recipe: Recipe, weight: Any) -> tuple[PackedBits, jax.Array]:
+    """Signs of the weights, and the scale of each channel; NaN where the weights have one."""
+    w, learned = weight
+    signs, mean_abs = transforms.encode_weights(w.astype(jnp.float32))
+    if recipe.scale == "mean_abs":
+        return signs, mean_abs
+    scale = jnp.ones_like(mean_abs) if learned is None else learned.astype(jnp.float32)
+    return signs, scale + jnp.where(jnp.isnan(mean_abs), jnp.float32(jnp.nan), jnp.float32(0))
+
+
+def _fused_bwd(
+    static: _Static, kept: _Residuals, cotangents: Any
+) -> tuple[jax.Array, Any, Any, None, None]:
+    d, samples = cotangents[0], None
+    d_params: list[Any] = [None] * len(static.shapes)
+    d_weights: list[Any] = [None] * len(static.links)
+    for i in reversed(range(len(static.shapes))):
+        shape = static.shapes[i]
+        source = kept.sums[i - 1] if i else kept.x
+        running, moments = kept.running[i], kept.moments[i]
+
+        def line_of(params: Any, scale: Any, moments: Any, i: int = i) -> Line:
+            return _line(static.shapes[i], params, scale, moments, kept.running[i])[0]
+
+        line, line_vjp = jax.vjp(line_of, kept.params[i], kept.scales[i], moments)
+        sums = transforms.gradient_sums(source, line, shape.pool, d, samples)
+        no = jnp.zeros_like(sums[0])
+        d_params[i], d_scale, d_moments = line_vjp(
+            Line(no, no, p1=sums[1], q1=sums[0], p0=sums[3], q0=sums[2])
+        )
+        # Each moment is a mean over all entries of s, or of s^2, on one side.
+        flow = Flow(no, no, no, no)
+        if d_moments is not None:
+            n = jnp.float32(source.size // source.shape[3])
+            flow = Flow(
+                2 * d_moments[1] / n, d_moments[0] / n, 2 * d_moments[3] / n, d_moments[2] / n
+            )
+        g, lo, hi = transforms.gradient(source, line, flow, shape.pool, d, samples)
+        if i == 0:
+            d_weights = [tuple(pair) for pair in d_weights]
+            no_running = jax.tree.map(jnp.zeros_like, kept.running)
+            return g, d_weights, d_params, no_running, None
+        d, samples, d_weights[i - 1] = _conv_bwd(static.links[i - 1], kept, i - 1, g, lo, hi)
+        d_weights[i - 1] = _add_scale_gradient(
+            static.links[i - 1].recipe, kept.weights[i - 1], d_weights[i - 1], d_scale
+        )
+    raise AssertionError("a chain starts with what precedes its first convolution")
+
+
+def _conv_bwd(
+    link: _Link, kept: _Residuals, i: int, g: jax.Array, lo: jax.Array, hi: jax.Array
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    """Gradient of the convolution's input, of the samples kept; those; gradient of its weights."""
+    recipe = link.recipe
+    for_input, for_weight = None, None
+    if recipe.gradient is not None:
+        shared = recipe.prune == "shared"
+        for_input, for_weight = roundings(g, recipe.gradient, shared, kept.seeds[i], (lo, hi))
+    signs = kept.signs[i]
+    d = kernels.input_grad(
+        g,
+        kept.w_signs[i],
+        for_input,
+        link.window,
+        (signs.shape[0], signs.shape[1]),
+        mask=kept.clips[i] if recipe.clip else None,
+        compact=True,
+        implementation=link.implementation,
+    )
+    dw = kernels.weight_grad(
+        g, signs, for_weight, link.window, implementation=link.implementation
+    )
+    selection = None if for_input is None else for_input.samples
+    return d, None if selection is None else selection.indices, dw
+
+
+def _add_scale_gradient(
+    recipe: Recipe, weight: Any, dw: jax.Array, d_scale: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    w, learned = weight
+    if recipe.clip:
+        dw = jnp.where(jnp.abs(w) <= 1, dw, jnp.float32(0))
+    if recipe.scale == "mean_abs":
+        # The scale is the mean of |w|.
+        fan_in = w.size // w.shape[-1]
+        dw = dw + jnp.sign(w) * (d_scale / jnp.float32(fan_in)).reshape(1, 1, 1, -1)
+    return dw.astype(w.dtype), None if learned is None else d_scale.astype(learned.dtype)
+
+
+_fused.defvjp(_fused_fwd, _fused_bwd)

@@ -1,0 +1,438 @@
+// What stands between two integer products: norm, activation and pooling, as one function of each
+// entry of the sums that is linear on either side of a kink.
+//
+// With s an entry of channel c and up = [S s + T >= 0],
+//
+//   t = up ? P1 s + Q1 : P0 s + Q0                          forward, then a maximum over windows
+//   g = (up ? G1 : G0) d + (up ? H1 s + K1 : H0 s + K0)     backward, d the gradient of t
+//
+// All sums of floats are taken sample by sample in one order, whatever the number of threads.
+
+namespace fqt::FQT_ISA {
+
+template <typename Source>
+void transform_row(const Source* __restrict s, int64_t positions, int64_t c,
+                   const float* __restrict coefficients, float* __restrict t) {
+  const float *S = coefficients, *T = S + c, *P1 = T + c, *Q1 = P1 + c, *P0 = Q1 + c, *Q0 = P0 + c;
+  for (int64_t i = 0; i < positions; ++i, s += c, t += c) {
+    for (int64_t k = 0; k < c; ++k) {
+      const auto v = static_cast<float>(s[k]);
+      const bool up = S[k] * v + T[k] >= 0.0f;
+      t[k] = (up ? P1[k] : P0[k]) * v + (up ? Q1[k] : Q0[k]);
+    }
+  }
+}
+
+// The greater, NaN where one is: so does XLA.
+inline float maximum(float a, float b) { return a > b || a != a ? a : b; }
+
+// Rows of one sample, transformed and pooled.
+template <typename Source>
+class Rows {
+ public:
+  explicit Rows(const TransformArgs& args)
+      : args_(args), rows_(args.pool * row_size()), pooled_(args.pool > 1 ? pooled_size() : 0) {}
+
+  int64_t row_size() const { return args_.shape.w * args_.shape.c; }
+  int64_t pooled_size() const { return args_.shape.w / args_.pool * args_.shape.c; }
+
+  const Source* source(int64_t n, int64_t y) const {
+    return static_cast<const Source*>(args_.s) + (n * args_.shape.h + y) * row_size();
+  }
+
+  // The pooled row y.
+  const float* pooled(int64_t n, int64_t y) {
+    const int64_t pool = args_.pool, c = args_.shape.c;
+    transform_row(source(n, y * pool), pool * args_.shape.w, c, args_.coefficients, rows_.data());
+    if (pool == 1) return rows_.data();
+    for (int64_t x = 0; x < args_.shape.w / pool; ++x) {
+      float* __restrict out = pooled_.data() + x * c;
+      for (int64_t i = 0; i < pool; ++i) {
+        const float* __restrict in = rows_.data() + i * row_size() + x * pool * c;
+        for (int64_t j = 0; j < pool; ++j, in += c) {
+          if (i + j == 0) {
+            std::copy_n(in, c, out);
+          } else {
+            for (int64_t k = 0; k < c; ++k) out[k] = maximum(out[k], in[k]);
+          }
+        }
+      }
+    }
+    return pooled_.data();
+  }
+
+  // After pooled(n, y): spreads the gradient d of that row over the `pool` rows before pooling, in
+  // equal parts to all entries of a window that are its maximum.
+  void spread(const float* d, float* out) const {
+    const int64_t pool = args_.pool, c = args_.shape.c;
+    std::fill_n(out, pool * row_size(), 0.0f);
+    const Buffer<float> parts(c);
+    for (int64_t x = 0; x < args_.shape.w / pool; ++x) {
+      const float* __restrict most = pooled_.data() + x * c;
+      float* __restrict part = parts.data();
+      std::fill_n(part, c, 0.0f);
+      for (int64_t i = 0; i < pool * pool; ++i) {
+        const float* __restrict t = rows_.data() + offset(i, x);
+        for (int64_t k = 0; k < c; ++k) part[k] += t[k] == most[k] ? 1.0f : 0.0f;
+      }
+      for (int64_t k = 0; k < c; ++k) part[k] = d[x * c + k] / part[k];
+      for (int64_t i = 0; i < pool * pool; ++i) {
+        const float* __restrict t = rows_.data() + offset(i, x);
+        float* __restrict to = out + offset(i, x);
+        for (int64_t k = 0; k < c; ++k) to[k] = t[k] == most[k] ? part[k] : 0.0f;
+      }
+    }
+  }
+
+ private:
+  int64_t offset(int64_t i, int64_t x) const {
+    const int64_t pool = args_.pool;
+    return i / pool * row_size() + (x * pool + i % pool) * args_.shape.c;
+  }
+
+  const TransformArgs& args_;
+  const Buffer<float> rows_, pooled_;
+};
+
+// One task for each sample; whoever ends the last one finishes.
+class PerSample : public Product {
+ public:
+  explicit PerSample(int64_t samples) : samples_(samples), remaining_(samples) {}
+  int64_t tasks() const override { return samples_; }
+  void run(int64_t task) override {
+    run_sample(task);
+    if (remaining_.fetch_sub(1, std::memory_order_acq_rel) == 1) finish();
+  }
+
+ protected:
+  virtual void run_sample(int64_t n) = 0;
+  virtual void finish() {}
+
+ private:
+  const int64_t samples_;
+  std::atomic<int64_t> remaining_;
+};
+
+// Sums over all samples and positions of several quantities of each channel: floats over a row,
+// then doubles.
+class ChannelSums {
+ public:
+  ChannelSums(int64_t samples, int64_t quantities, int64_t c)
+      : samples_(samples), size_(quantities * c), sums_(samples * size_) {}
+
+  void add_row(int64_t n, int64_t y, const float* row) const {
+    double* sums = sums_.data() + n * size_;
+    if (y == 0) std::fill_n(sums, size_, 0.0);
+    for (int64_t k = 0; k < size_; ++k) sums[k] += static_cast<double>(row[k]);
+  }
+
+  void write(double factor, float* out) const {
+    for (int64_t k = 0; k < size_; ++k) {
+      double sum = 0.0;
+      for (int64_t n = 0; n < samples_; ++n) sum += sums_[n * size_ + k];
+      out[k] = static_cast<float>(sum * factor);
+    }
+  }
+
+ private:
+  const int64_t samples_, size_;
+  const Buffer<double> sums_;
+};
+
+// Means over samples and positions of s and s^2, where s >= 0 and where it is not.
+template <typename Source>
+class Moments final : public PerSample {
+ public:
+  explicit Moments(const MomentsArgs& args)
+      : PerSample(args.shape.n), args_(args), sums_(args.shape.n, 4, args.shape.c) {}
+
+ private:
+  void run_sample(int64_t n) override {
+    const int64_t c = args_.shape.c, w = args_.shape.w;
+    const Buffer<float> row(4 * c);
+    float *__restrict up = row.data(), *__restrict up2 = up + c, *__restrict down = up2 + c,
+          *__restrict down2 = down + c;
+    for (int64_t y = 0; y < args_.shape.h; ++y) {
+      std::fill_n(row.data(), 4 * c, 0.0f);
+      const Source* __restrict s =
+          static_cast<const Source*>(args_.s) + (n * args_.shape.h + y) * w * c;
+      for (int64_t x = 0; x < w; ++x, s += c) {
+        for (int64_t k = 0; k < c; ++k) {
+          const auto v = static_cast<float>(s[k]);
+          // NaN goes down.
+          const float high = v >= 0.0f ? v : 0.0f, low = v >= 0.0f ? 0.0f : v;
+          up[k] += high;
+          up2[k] += high * high;
+          down[k] += low;
+          down2[k] += low * low;
+        }
+      }
+      sums_.add_row(n, y, row.data());
+    }
+  }
+
+  void finish() override {
+    const auto count = static_cast<double>(args_.shape.n * args_.shape.h * args_.shape.w);
+    sums_.write(1.0 / count, args_.moments);
+  }
+
+  const MomentsArgs args_;
+  const ChannelSums sums_;
+};
+
+// Signs and clip mask of t, as PackedBits.
+template <typename Source>
+class Encode final : public PerSample {
+ public:
+  explicit Encode(const EncodeArgs& args) : PerSample(args.transform.shape.n), args_(args) {}
+
+ private:
+  void run_sample(int64_t n) override {
+    const Shape& shape = args_.transform.shape;
+    Rows<Source> rows(args_.transform);
+    const int64_t size = rows.pooled_size();
+    // Where a row does not end with a word, its rest goes before the next one.
+    const Buffer<float> carried(size + 32);
+    int64_t rest = 0;
+    uint32_t* signs = args_.signs + n * args_.row_words;
+    uint32_t* clip = args_.clip + n * args_.row_words;
+    bool has_nan = false;
+    for (int64_t y = 0; y < shape.h / args_.transform.pool; ++y) {
+      const float* t = rows.pooled(n, y);
+      if (std::is_floating_point_v<Source>) {
+        for (int64_t i = 0; i < size; ++i) has_nan |= t[i] != t[i];
+      }
+      int64_t count = size;
+      if (rest != 0 || size % 32 != 0) {
+        std::copy_n(t, size, carried.data() + rest);
+        t = carried.data();
+        count += rest;
+      }
+      for (; count >= 32; count -= 32, t += 32) sign_masks(t, signs++, clip++);
+      std::copy(t, t + count, carried.data());
+      rest = count;
+    }
+    if (rest > 0) {
+      std::fill_n(carried.data() + rest, 32 - rest, std::numeric_limits<float>::quiet_NaN());
+      sign_masks(carried.data(), signs, clip);
+    }
+    args_.nan[n] = has_nan ? std::numeric_limits<float>::quiet_NaN() : 0.0f;
+  }
+
+  const EncodeArgs args_;
+};
+
+// t itself.
+template <typename Source>
+class Activate final : public PerSample {
+ public:
+  explicit Activate(const ActivateArgs& args) : PerSample(args.transform.shape.n), args_(args) {}
+
+ private:
+  void run_sample(int64_t n) override {
+    const int64_t rows_out = args_.transform.shape.h / args_.transform.pool;
+    Rows<Source> rows(args_.transform);
+    for (int64_t y = 0; y < rows_out; ++y) {
+      std::copy_n(rows.pooled(n, y), rows.pooled_size(),
+                  args_.t + (n * rows_out + y) * rows.pooled_size());
+    }
+  }
+
+  const ActivateArgs args_;
+};
+
+// The gradient d of t, spread over the rows before pooling. Rows of samples that were not kept, and
+// those that pooling leaves out, are zero.
+template <typename Source>
+class GradientRows {
+ public:
+  GradientRows(const TransformArgs& transform, const float* d)
+      : transform_(transform), d_(d), rows_(transform),
+        spread_(transform.pool * rows_.row_size()) {}
+
+  // Rows [y, y + pool), or null where the gradient is zero; `slot` is negative for a sample
+  // that was not kept.
+  const float* at(int64_t n, int64_t slot, int64_t y) {
+    const int64_t pool = transform_.pool, rows_out = transform_.shape.h / pool;
+    if (slot < 0 || y / pool >= rows_out) return nullptr;
+    const float* d = d_ + (slot * rows_out + y / pool) * rows_.pooled_size();
+    if (pool == 1) return d;
+    rows_.pooled(n, y / pool);
+    rows_.spread(d, spread_.data());
+    return spread_.data();
+  }
+
+  const Source* source(int64_t n, int64_t y) const { return rows_.source(n, y); }
+
+ private:
+  const TransformArgs& transform_;
+  const float* d_;
+  Rows<Source> rows_;
+  const Buffer<float> spread_;
+};
+
+// Sums of d and d s, where up and where not.
+template <typename Source>
+class GradientSums final : public PerSample {
+ public:
+  explicit GradientSums(const GradientSumsArgs& args)
+      : PerSample(args.samples.count), args_(args),
+        sums_(args.samples.count, 4, args.transform.shape.c) {}
+
+ private:
+  void run_sample(int64_t slot) override {
+    const TransformArgs& transform = args_.transform;
+    const int64_t c = transform.shape.c, w = transform.shape.w, n = args_.samples.index(slot);
+    GradientRows<Source> gradients(transform, args_.d);
+    const Buffer<float> row(4 * c);
+    float *__restrict up = row.data(), *__restrict up_s = up + c, *__restrict down = up_s + c,
+          *__restrict down_s = down + c;
+    const float *__restrict S = transform.coefficients, *__restrict T = S + c;
+    for (int64_t y = 0; y < transform.shape.h; y += transform.pool) {
+      std::fill_n(row.data(), 4 * c, 0.0f);
+      const float* __restrict d = gradients.at(n, slot, y);
+      if (d != nullptr) {
+        const Source* __restrict s = gradients.source(n, y);
+        for (int64_t x = 0; x < transform.pool * w; ++x, s += c, d += c) {
+          for (int64_t k = 0; k < c; ++k) {
+            const auto v = static_cast<float>(s[k]);
+            const bool is_up = S[k] * v + T[k] >= 0.0f;
+            const float high = is_up ? d[k] : 0.0f, low = is_up ? 0.0f : d[k];
+            up[k] += high;
+            up_s[k] += high * v;
+            down[k] += low;
+            down_s[k] += low * v;
+          }
+        }
+      }
+      sums_.add_row(slot, y, row.data());
+    }
+  }
+
+  void finish() override { sums_.write(1.0, args_.sums); }
+
+  const GradientSumsArgs args_;
+  const ChannelSums sums_;
+};
+
+// g, and its least and greatest entry for each sample and channel.
+template <typename Source>
+class Gradient final : public PerSample {
+ public:
+  explicit Gradient(const GradientArgs& args)
+      : PerSample(args.transform.shape.n), args_(args),
+        slots_(static_cast<size_t>(args.transform.shape.n), -1) {
+    for (int64_t slot = 0; slot < args.samples.count; ++slot) {
+      slots_[static_cast<size_t>(args.samples.index(slot))] = slot;
+    }
+  }
+
+ private:
+  void run_sample(int64_t n) override {
+    const TransformArgs& transform = args_.transform;
+    const Shape& shape = transform.shape;
+    const int64_t c = shape.c, slot = slots_[static_cast<size_t>(n)];
+    GradientRows<Source> gradients(transform, args_.d);
+    const Buffer<float> zeros(c);
+    std::fill_n(zeros.data(), c, 0.0f);
+    const float *__restrict S = transform.coefficients, *__restrict T = S + c;
+    const float *__restrict G1 = S + 6 * c, *__restrict H1 = G1 + c, *__restrict K1 = H1 + c,
+                *__restrict G0 = K1 + c, *__restrict H0 = G0 + c, *__restrict K0 = H0 + c;
+    float *__restrict lo = args_.lo + n * c, *__restrict hi = args_.hi + n * c;
+    bool is_first = true;
+    for (int64_t y = 0; y < shape.h; y += transform.pool) {
+      const int64_t rows = std::min(transform.pool, shape.h - y);
+      const float* d = gradients.at(n, slot, y);
+      const Source* __restrict s = gradients.source(n, y);
+      float* __restrict g = args_.g + (n * shape.h + y) * shape.w * c;
+      for (int64_t x = 0; x < rows * shape.w; ++x, s += c, g += c) {
+        const float* __restrict here = d == nullptr ? zeros.data() : d + x * c;
+        for (int64_t k = 0; k < c; ++k) {
+          const auto v = static_cast<float>(s[k]);
+          const bool up = S[k] * v + T[k] >= 0.0f;
+          g[k] = (up ? G1[k] : G0[k]) * here[k] +
+                 ((up ? H1[k] : H0[k]) * v + (up ? K1[k] : K0[k]));
+        }
+        if (is_first) {
+          std::copy_n(g, c, lo);
+          std::copy_n(g, c, hi);
+          is_first = false;
+        } else {
+          for (int64_t k = 0; k < c; ++k) {
+            lo[k] = g[k] < lo[k] ? g[k] : lo[k];
+            hi[k] = g[k] > hi[k] ? g[k] : hi[k];
+          }
+        }
+      }
+    }
+  }
+
+  const GradientArgs args_;
+  std::vector<int64_t> slots_;
+};
+
+// Signs of weights as PackedBits, and the mean of their absolute values in each output channel.
+class EncodeWeights final : public Product {
+ public:
+  explicit EncodeWeights(const EncodeWeightsArgs& args)
+      : args_(args), tasks_(ceil_div(args.rows, kRows)), sums_(tasks_ * args.o),
+        remaining_(tasks_) {}
+
+  int64_t tasks() const override { return tasks_; }
+
+  void run(int64_t task) override {
+    const int64_t o = args_.o, first = task * kRows, last = std::min(args_.rows, first + kRows);
+    const float* w = args_.w + first * o;
+    double* sums = sums_.data() + task * o;
+    const Buffer<float> part(o);
+    std::fill_n(sums, o, 0.0);
+    for (int64_t row = first; row < last; row += 32) {
+      std::fill_n(part.data(), o, 0.0f);
+      for (int64_t i = row; i < std::min(last, row + 32); ++i) {
+        const float* __restrict in = args_.w + i * o;
+        float* __restrict out = part.data();
+        for (int64_t k = 0; k < o; ++k) out[k] += std::fabs(in[k]);
+      }
+      for (int64_t k = 0; k < o; ++k) sums[k] += static_cast<double>(part[k]);
+    }
+    // A task starts at a multiple of 32 rows, and so at a word.
+    uint32_t *signs = args_.signs + first * o / 32, ignored;
+    int64_t count = (last - first) * o;
+    for (; count >= 32; count -= 32, w += 32) sign_masks(w, signs++, &ignored);
+    if (count > 0) {
+      float rest[32];
+      std::fill_n(rest, 32, std::numeric_limits<float>::quiet_NaN());
+      std::copy_n(w, count, rest);
+      sign_masks(rest, signs, &ignored);
+    }
+    if (remaining_.fetch_sub(1, std::memory_order_acq_rel) == 1) finish();
+  }
+
+ private:
+  static constexpr int64_t kRows = 256;
+
+  void finish() const {
+    for (int64_t k = 0; k < args_.o; ++k) {
+      double sum = 0.0;
+      for (int64_t task = 0; task < tasks_; ++task) sum += sums_[task * args_.o + k];
+      args_.scale[k] = static_cast<float>(sum / static_cast<double>(args_.rows));
+    }
+  }
+
+  const EncodeWeightsArgs args_;
+  const int64_t tasks_;
+  const Buffer<double> sums_;
+  std::atomic<int64_t> remaining_;
+};
+
+// Makes a kernel for the type of the source.
+template <template <typename> class Kernel, typename Args>
+std::unique_ptr<Product> for_source(SourceType type, const Args& args) {
+  switch (type) {
+    case SourceType::kInt16: return std::make_unique<Kernel<int16_t>>(args);
+    case SourceType::kInt32: return std::make_unique<Kernel<int32_t>>(args);
+    default: return std::make_unique<Kernel<float>>(args);
+  }
+}
+
+}  // namespace fqt::FQT_ISA

@@ -1,0 +1,195 @@
+// XLA's handlers of what stands between two products.
+
+#include "checks.h"
+#include "handlers.h"
+
+namespace fqt {
+namespace {
+
+constexpr int64_t kForwardRows = 6, kBackwardRows = 12;  // of coefficients; see product.h
+
+// An entry costs about as much as this many one-bit products.
+constexpr double kProductsOfEntry = 100;
+
+int64_t entries(const Shape& s) { return s.n * s.h * s.w * s.c; }
+
+int64_t transform_threads(const ffi::ThreadPool& pool, int64_t n_entries) {
+  return useful_threads(pool, kProductsOfEntry * static_cast<double>(n_entries));
+}
+
+Shape source_shape(const ffi::AnyBuffer& s) {
+  const Dimensions d = s.dimensions();
+  require(d.size() == 4, "the source must have four axes");
+  require(product({d[0], d[1], d[2], d[3]}) < (int64_t{1} << 40), "the source is too large");
+  require(d[0] > 0 && d[1] > 0 && d[2] > 0 && d[3] > 0, "the source must not be empty");
+  return {d[0], d[1], d[2], d[3]};
+}
+
+SourceType source_type(const ffi::AnyBuffer& s) {
+  switch (s.element_type()) {
+    case ffi::S16: return SourceType::kInt16;
+    case ffi::S32: return SourceType::kInt32;
+    case ffi::F32: return SourceType::kFloat32;
+    default: throw Invalid{"the source must be int16, int32 or float32"};
+  }
+}
+
+TransformArgs make_transform(const ffi::AnyBuffer& s, const Floats& coefficients, int64_t rows,
+                             int64_t pool) {
+  const Shape shape = source_shape(s);
+  require(has_shape(coefficients.dimensions(), {rows, shape.c}),
+          "the coefficients have the wrong shape");
+  require(pool >= 1 && pool <= shape.h && pool <= shape.w, "pool is out of range");
+  return {shape, s.untyped_data(), source_type(s), coefficients.typed_data(), pool};
+}
+
+void require_pooled(Dimensions dimensions, const TransformArgs& t, int64_t samples,
+                    const char* message) {
+  require(has_shape(dimensions, {samples, t.shape.h / t.pool, t.shape.w / t.pool, t.shape.c}),
+          message);
+}
+
+ffi::Future moments(ffi::ThreadPool pool, ffi::AnyBuffer s, ffi::Result<Floats> out) {
+  return guarded([&] {
+    const Shape shape = source_shape(s);
+    require(has_shape(out->dimensions(), {4, shape.c}), "moments have the wrong shape");
+    return run_tasks(current_kernels().moments(
+                         {shape, s.untyped_data(), source_type(s), out->typed_data()}),
+                     pool, transform_threads(pool, entries(shape)));
+  });
+}
+
+ffi::Future encode(ffi::ThreadPool pool, ffi::AnyBuffer s, Floats coefficients,
+                   ffi::Result<Words> signs, ffi::Result<Words> clip, ffi::Result<Floats> nan,
+                   int64_t window) {
+  return guarded([&] {
+    const TransformArgs t = make_transform(s, coefficients, kForwardRows, window);
+    const Shape& shape = t.shape;
+    const int64_t words = words_for((shape.h / window) * (shape.w / window) * shape.c);
+    require(has_shape(signs->dimensions(), {shape.n, words}) &&
+                has_shape(clip->dimensions(), {shape.n, words}),
+            "the words have the wrong shape");
+    require(has_shape(nan->dimensions(), {shape.n}), "nan has the wrong shape");
+    return run_tasks(current_kernels().encode({t, signs->typed_data(), clip->typed_data(), words,
+                                               nan->typed_data()}),
+                     pool, transform_threads(pool, entries(shape)));
+  });
+}
+
+ffi::Future activate(ffi::ThreadPool pool, ffi::AnyBuffer s, Floats coefficients,
+                     ffi::Result<Floats> out, int64_t window) {
+  return guarded([&] {
+    const TransformArgs t = make_transform(s, coefficients, kForwardRows, window);
+    require_pooled(out->dimensions(), t, t.shape.n, "the output has the wrong shape");
+    return run_tasks(current_kernels().activate({t, out->typed_data()}), pool,
+                     transform_threads(pool, entries(t.shape)));
+  });
+}
+
+ffi::Future gradient_sums(ffi::ThreadPool pool, ffi::AnyBuffer s, Floats coefficients, Floats d,
+                          Ints indices, ffi::Result<Floats> sums, int64_t window,
+                          bool selects_samples) {
+  return guarded([&] {
+    const TransformArgs t = make_transform(s, coefficients, kForwardRows, window);
+    const Kept samples = make_indices(selects_samples, indices, t.shape.n);
+    require(samples.count > 0, "no sample is kept");
+    require_pooled(d.dimensions(), t, samples.count, "the gradient has the wrong shape");
+    require(has_shape(sums->dimensions(), {4, t.shape.c}), "the sums have the wrong shape");
+    return run_tasks(current_kernels().gradient_sums({t, d.typed_data(), samples,
+                                                      sums->typed_data()}),
+                     pool, transform_threads(pool, entries(t.shape)));
+  });
+}
+
+ffi::Future gradient(ffi::ThreadPool pool, ffi::AnyBuffer s, Floats coefficients, Floats d,
+                     Ints indices, ffi::Result<Floats> g, ffi::Result<Floats> lo,
+                     ffi::Result<Floats> hi, int64_t window, bool selects_samples) {
+  return guarded([&] {
+    const TransformArgs t = make_transform(s, coefficients, kBackwardRows, window);
+    const Shape& shape = t.shape;
+    const Kept samples = make_indices(selects_samples, indices, shape.n);
+    require_pooled(d.dimensions(), t, samples.count, "the gradient has the wrong shape");
+    require(has_shape(g->dimensions(), {shape.n, shape.h, shape.w, shape.c}),
+            "g has the wrong shape");
+    require(has_shape(lo->dimensions(), {shape.n, shape.c}) &&
+                has_shape(hi->dimensions(), {shape.n, shape.c}),
+            "the bounds have the wrong shape");
+    return run_tasks(current_kernels().gradient({t, d.typed_data(), samples, g->typed_data(),
+                                                 lo->typed_data(), hi->typed_data()}),
+                     pool, transform_threads(pool, entries(shape)));
+  });
+}
+
+ffi::Future encode_weights(ffi::ThreadPool pool, Floats w, ffi::Result<Words> signs,
+                           ffi::Result<Floats> scale) {
+  return guarded([&] {
+    const Dimensions d = w.dimensions();
+    require(d.size() == 2 && d[0] > 0 && d[1] > 0, "w must be a matrix that is not empty");
+    require(has_shape(signs->dimensions(), {words_for(product({d[0], d[1]}))}),
+            "the words have the wrong shape");
+    require(has_shape(scale->dimensions(), {d[1]}), "the scale has the wrong shape");
+    return run_tasks(current_kernels().encode_weights({w.typed_data(), d[0], d[1],
+                                                       signs->typed_data(), scale->typed_data()}),
+                     pool, transform_threads(pool, d[0] * d[1]));
+  });
+}
+
+}  // namespace
+}  // namespace fqt
+
+using namespace fqt;
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FqtMoments, moments,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<Floats>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FqtEncode, encode,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<Floats>()
+                                  .Ret<Words>()
+                                  .Ret<Words>()
+                                  .Ret<Floats>()
+                                  .Attr<int64_t>("pool"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FqtActivate, activate,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<Floats>()
+                                  .Ret<Floats>()
+                                  .Attr<int64_t>("pool"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FqtGradientSums, gradient_sums,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Ints>()
+                                  .Ret<Floats>()
+                                  .Attr<int64_t>("pool")
+                                  .Attr<bool>("selects_samples"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FqtGradient, gradient,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Ints>()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()
+                                  .Attr<int64_t>("pool")
+                                  .Attr<bool>("selects_samples"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FqtEncodeWeights, encode_weights,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Ret<Words>()
+                                  .Ret<Floats>());
