@@ -13,18 +13,17 @@ namespace fqt::FQT_ISA {
 template <typename Source>
 void transform_row(const Source* __restrict s, int64_t positions, int64_t c,
                    const float* __restrict coefficients, float* __restrict t) {
-  const float *S = coefficients, *T = S + c, *P1 = T + c, *Q1 = P1 + c, *P0 = Q1 + c, *Q0 = P0 + c;
+  const float *__restrict S = coefficients, *__restrict T = S + c, *__restrict P1 = T + c,
+              *__restrict Q1 = P1 + c, *__restrict P0 = Q1 + c, *__restrict Q0 = P0 + c;
   for (int64_t i = 0; i < positions; ++i, s += c, t += c) {
     for (int64_t k = 0; k < c; ++k) {
       const auto v = static_cast<float>(s[k]);
-      const bool up = S[k] * v + T[k] >= 0.0f;
-      t[k] = (up ? P1[k] : P0[k]) * v + (up ? Q1[k] : Q0[k]);
+      // Both sides, then a choice: only so does a compiler make vectors of it.
+      const float above = P1[k] * v + Q1[k], below = P0[k] * v + Q0[k];
+      t[k] = S[k] * v + T[k] >= 0.0f ? above : below;
     }
   }
 }
-
-// The greater, NaN where one is: so does XLA.
-inline float maximum(float a, float b) { return a > b || a != a ? a : b; }
 
 // Rows of one sample, transformed and pooled.
 template <typename Source>
@@ -53,7 +52,7 @@ class Rows {
           if (i + j == 0) {
             std::copy_n(in, c, out);
           } else {
-            for (int64_t k = 0; k < c; ++k) out[k] = maximum(out[k], in[k]);
+            for (int64_t k = 0; k < c; ++k) out[k] = out[k] > in[k] ? out[k] : in[k];
           }
         }
       }
@@ -139,6 +138,23 @@ class ChannelSums {
   const Buffer<double> sums_;
 };
 
+// Adds a row to the sums of s and s^2, where s >= 0 and where it is not.
+template <typename Source>
+void add_moments(const Source* __restrict s, int64_t positions, int64_t c, float* __restrict up,
+                 float* __restrict up2, float* __restrict down, float* __restrict down2) {
+  for (int64_t x = 0; x < positions; ++x, s += c) {
+    for (int64_t k = 0; k < c; ++k) {
+      const auto v = static_cast<float>(s[k]);
+      // NaN goes down.
+      const float high = v >= 0.0f ? v : 0.0f, low = v >= 0.0f ? 0.0f : v;
+      up[k] += high;
+      up2[k] += high * high;
+      down[k] += low;
+      down2[k] += low * low;
+    }
+  }
+}
+
 // Means over samples and positions of s and s^2, where s >= 0 and where it is not.
 template <typename Source>
 class Moments final : public PerSample {
@@ -150,23 +166,10 @@ class Moments final : public PerSample {
   void run_sample(int64_t n) override {
     const int64_t c = args_.shape.c, w = args_.shape.w;
     const Buffer<float> row(4 * c);
-    float *__restrict up = row.data(), *__restrict up2 = up + c, *__restrict down = up2 + c,
-          *__restrict down2 = down + c;
     for (int64_t y = 0; y < args_.shape.h; ++y) {
       std::fill_n(row.data(), 4 * c, 0.0f);
-      const Source* __restrict s =
-          static_cast<const Source*>(args_.s) + (n * args_.shape.h + y) * w * c;
-      for (int64_t x = 0; x < w; ++x, s += c) {
-        for (int64_t k = 0; k < c; ++k) {
-          const auto v = static_cast<float>(s[k]);
-          // NaN goes down.
-          const float high = v >= 0.0f ? v : 0.0f, low = v >= 0.0f ? 0.0f : v;
-          up[k] += high;
-          up2[k] += high * high;
-          down[k] += low;
-          down2[k] += low * low;
-        }
-      }
+      add_moments(static_cast<const Source*>(args_.s) + (n * args_.shape.h + y) * w * c, w, c,
+                  row.data(), row.data() + c, row.data() + 2 * c, row.data() + 3 * c);
       sums_.add_row(n, y, row.data());
     }
   }
@@ -271,6 +274,25 @@ class GradientRows {
   const Buffer<float> spread_;
 };
 
+// Adds a row to the sums of d and d s, where up and where not.
+template <typename Source>
+void add_gradient_sums(const Source* __restrict s, const float* __restrict d, int64_t positions,
+                       int64_t c, const float* __restrict S, const float* __restrict T,
+                       float* __restrict up, float* __restrict up_s, float* __restrict down,
+                       float* __restrict down_s) {
+  for (int64_t x = 0; x < positions; ++x, s += c, d += c) {
+    for (int64_t k = 0; k < c; ++k) {
+      const auto v = static_cast<float>(s[k]);
+      const float here = d[k], side = S[k] * v + T[k];
+      const float high = side >= 0.0f ? here : 0.0f, low = side >= 0.0f ? 0.0f : here;
+      up[k] += high;
+      up_s[k] += high * v;
+      down[k] += low;
+      down_s[k] += low * v;
+    }
+  }
+}
+
 // Sums of d and d s, where up and where not.
 template <typename Source>
 class GradientSums final : public PerSample {
@@ -285,25 +307,13 @@ class GradientSums final : public PerSample {
     const int64_t c = transform.shape.c, w = transform.shape.w, n = args_.samples.index(slot);
     GradientRows<Source> gradients(transform, args_.d);
     const Buffer<float> row(4 * c);
-    float *__restrict up = row.data(), *__restrict up_s = up + c, *__restrict down = up_s + c,
-          *__restrict down_s = down + c;
-    const float *__restrict S = transform.coefficients, *__restrict T = S + c;
+    const float* S = transform.coefficients;
     for (int64_t y = 0; y < transform.shape.h; y += transform.pool) {
       std::fill_n(row.data(), 4 * c, 0.0f);
-      const float* __restrict d = gradients.at(n, slot, y);
+      const float* d = gradients.at(n, slot, y);
       if (d != nullptr) {
-        const Source* __restrict s = gradients.source(n, y);
-        for (int64_t x = 0; x < transform.pool * w; ++x, s += c, d += c) {
-          for (int64_t k = 0; k < c; ++k) {
-            const auto v = static_cast<float>(s[k]);
-            const bool is_up = S[k] * v + T[k] >= 0.0f;
-            const float high = is_up ? d[k] : 0.0f, low = is_up ? 0.0f : d[k];
-            up[k] += high;
-            up_s[k] += high * v;
-            down[k] += low;
-            down_s[k] += low * v;
-          }
-        }
+        add_gradient_sums(gradients.source(n, y), d, transform.pool * w, c, S, S + c, row.data(),
+                          row.data() + c, row.data() + 2 * c, row.data() + 3 * c);
       }
       sums_.add_row(slot, y, row.data());
     }
@@ -314,6 +324,26 @@ class GradientSums final : public PerSample {
   const GradientSumsArgs args_;
   const ChannelSums sums_;
 };
+
+// A position of g, and of its bounds so far.
+template <typename Source>
+void gradient_position(const Source* __restrict s, const float* __restrict d, int64_t c,
+                       const float* __restrict coefficients, float* __restrict g,
+                       float* __restrict lo, float* __restrict hi) {
+  const float *__restrict S = coefficients, *__restrict T = S + c, *__restrict G1 = T + 5 * c,
+              *__restrict H1 = G1 + c, *__restrict K1 = H1 + c, *__restrict G0 = K1 + c,
+              *__restrict H0 = G0 + c, *__restrict K0 = H0 + c;
+  for (int64_t k = 0; k < c; ++k) {
+    const auto v = static_cast<float>(s[k]);
+    const float here = d[k];
+    const float above = G1[k] * here + (H1[k] * v + K1[k]);
+    const float below = G0[k] * here + (H0[k] * v + K0[k]);
+    const float value = S[k] * v + T[k] >= 0.0f ? above : below;
+    g[k] = value;
+    lo[k] = value < lo[k] ? value : lo[k];
+    hi[k] = value > hi[k] ? value : hi[k];
+  }
+}
 
 // g, and its least and greatest entry for each sample and channel.
 template <typename Source>
@@ -335,35 +365,21 @@ class Gradient final : public PerSample {
     GradientRows<Source> gradients(transform, args_.d);
     const Buffer<float> zeros(c);
     std::fill_n(zeros.data(), c, 0.0f);
-    const float *__restrict S = transform.coefficients, *__restrict T = S + c;
-    const float *__restrict G1 = S + 6 * c, *__restrict H1 = G1 + c, *__restrict K1 = H1 + c,
-                *__restrict G0 = K1 + c, *__restrict H0 = G0 + c, *__restrict K0 = H0 + c;
-    float *__restrict lo = args_.lo + n * c, *__restrict hi = args_.hi + n * c;
-    bool is_first = true;
+    float *lo = args_.lo + n * c, *hi = args_.hi + n * c;
+    std::fill_n(lo, c, std::numeric_limits<float>::infinity());
+    std::fill_n(hi, c, -std::numeric_limits<float>::infinity());
     for (int64_t y = 0; y < shape.h; y += transform.pool) {
       const int64_t rows = std::min(transform.pool, shape.h - y);
       const float* d = gradients.at(n, slot, y);
-      const Source* __restrict s = gradients.source(n, y);
-      float* __restrict g = args_.g + (n * shape.h + y) * shape.w * c;
-      for (int64_t x = 0; x < rows * shape.w; ++x, s += c, g += c) {
-        const float* __restrict here = d == nullptr ? zeros.data() : d + x * c;
-        for (int64_t k = 0; k < c; ++k) {
-          const auto v = static_cast<float>(s[k]);
-          const bool up = S[k] * v + T[k] >= 0.0f;
-          g[k] = (up ? G1[k] : G0[k]) * here[k] +
-                 ((up ? H1[k] : H0[k]) * v + (up ? K1[k] : K0[k]));
-        }
-        if (is_first) {
-          std::copy_n(g, c, lo);
-          std::copy_n(g, c, hi);
-          is_first = false;
-        } else {
-          for (int64_t k = 0; k < c; ++k) {
-            lo[k] = g[k] < lo[k] ? g[k] : lo[k];
-            hi[k] = g[k] > hi[k] ? g[k] : hi[k];
-          }
-        }
+      const Source* source = gradients.source(n, y);
+      float* g = args_.g + (n * shape.h + y) * shape.w * c;
+      for (int64_t x = 0; x < rows * shape.w; ++x, source += c, g += c) {
+        const float* here = d == nullptr ? zeros.data() : d + x * c;
+        gradient_position(source, here, c, transform.coefficients, g, lo, hi);
       }
+    }
+    for (int64_t k = 0; k < c; ++k) {
+      if (lo[k] > hi[k]) lo[k] = hi[k] = std::numeric_limits<float>::quiet_NaN();  // all are NaN
     }
   }
 
