@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from flax import nnx
 from experiments.cli import UserError
 from fqt_jax.convert import quantize
 from fqt_jax.functional import resolve_window
+from fqt_jax.gradients import OneDraw
 from fqt_jax.kernels import check_implementation, implementations
 from fqt_jax.kernels.contract import Window
 from fqt_jax.layers import QuantConv
@@ -28,11 +29,21 @@ from fqt_jax.training import create_state, cross_entropy, make_train_step
 PHASES = ("forward", "forward_backward", "update", "total")
 LEARNING_RATE = 1e-3
 
-SPEED_RECIPES: dict[str, Recipe] = {
-    **RECIPES,
-    "fqt1_shared": dataclasses.replace(FQT1, prune="shared"),
+
+class Variant(NamedTuple):
+    """A recipe, and options of ``make_train_step`` with it."""
+
+    recipe: Recipe
+    step_options: dict[str, Any] = {}
+
+
+SPEED_RECIPES: dict[str, Variant] = {
+    **{name: Variant(recipe) for name, recipe in RECIPES.items()},
+    "fqt1_shared": Variant(dataclasses.replace(FQT1, prune="shared")),
+    "fqt1_one_draw": Variant(FQT1, {"one_draw": OneDraw()}),
 }
-"""The named recipes, and FQT1 with the input gradient's samples kept for the weight gradient."""
+"""The named recipes; FQT1 with the input gradient's samples kept for the weight gradient, and with
+samples drawn once a step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +143,8 @@ class JaxContender:
 
         # One compiled program in place of some hundred small ones.
         self._state, self._grads = jax.jit(start)()
-        self._products = step_products(layers_of(setting), recipes)
+        one_draw = self._step_options.get("one_draw")
+        self._products = step_products(layers_of(setting), recipes, one_draw)
         images, labels = map(jnp.asarray, setting.batch())
         indices = jnp.arange(setting.batch_size, dtype=jnp.int32)
         self._batch = (images, labels, indices, jax.random.key(0))
@@ -295,15 +307,22 @@ class _Spy(nnx.Module):
         return y
 
 
-def step_products(layers: Sequence[LayerShape], recipes: Mapping[str, Recipe]) -> int:
+def step_products(
+    layers: Sequence[LayerShape], recipes: Mapping[str, Recipe], one_draw: OneDraw | None = None
+) -> int:
     """Multiply-adds of a step's convolutions and dense layers that the recipes leave to be done.
 
     Args:
       layers: of the model; the first needs no input gradient.
       recipes: by a layer's path; full precision where there is none.
+      one_draw: of the step: a forward pass of the whole batch, and all passes of the rows drawn.
     """
     total = 0.0
     for i, layer in enumerate(layers):
+        if one_draw is not None:
+            n = layer.output[0]
+            total += layer.products * (1 + one_draw.kept(n) / n * (3 if i else 2))
+            continue
         recipe = recipes.get(layer.path, FULL_PRECISION)
         of_input, of_weight = kept_fractions(layer, recipe)
         total += layer.products * (1 + of_weight + (of_input if i else 0))
@@ -342,13 +361,13 @@ class Roster:
         everything: dict[str, Contender] = {"torch": TorchContender("torch")}
         everything["jax"] = JaxContender("jax", None)
         for name in recipes:
-            recipe = SPEED_RECIPES[name]
+            recipe, options = SPEED_RECIPES[name]
             if not recipe.binary:
                 everything[name] = JaxContender(name, recipe)
                 continue
             for each in resolve_implementations(implementations) if implementations else [None]:
                 key = f"{name}/{each or 'auto'}"
-                everything[key] = JaxContender(key, recipe, each)
+                everything[key] = JaxContender(key, recipe, each, options)
         for name in chosen:
             if name not in everything:
                 raise UserError(f"unknown contender {name!r}; known: {', '.join(everything)}.")

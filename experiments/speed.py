@@ -41,8 +41,16 @@ class SpeedConfig:
     image_size: int = 32
     """Height and width of the images; a ResNet has its ImageNet stem from 96 on."""
 
-    recipes: tuple[str, ...] = ("fqt1", "fqt1_shared", "psq1", "qat", "full_precision")
-    """The library's recipes; fqt1_shared is fqt1 with prune=shared."""
+    recipes: tuple[str, ...] = (
+        "fqt1",
+        "fqt1_shared",
+        "fqt1_one_draw",
+        "psq1",
+        "qat",
+        "full_precision",
+    )
+    """The library's recipes; fqt1_shared is fqt1 with prune=shared, fqt1_one_draw draws the
+    samples of its backward pass once a step."""
     implementations: tuple[str, ...] = ()
     """Of the kernels: names, or all for all that are available, the default of --check and
     --layers; the steps' default is auto, the best for each product."""

@@ -26,11 +26,14 @@ from jax.ad_checkpoint import checkpoint_name
 from fqt_jax import kernels
 from fqt_jax.binarize import PackedBits, check_float, weight_scale
 from fqt_jax.grouping import roundings
+from fqt_jax.kernels import native, transforms
 from fqt_jax.kernels.contract import Window
 from fqt_jax.kernels.float_conv import conv as float_conv
 from fqt_jax.kernels.float_conv import conv_input_grad, conv_weight_grad
+from fqt_jax.kernels.transforms import Line
 from fqt_jax.recipe import FQT1, Recipe
 from fqt_jax.rounding import seeds_from_key
+from fqt_jax.sharding import varying_together
 
 Padding = str | int | Sequence[int | tuple[int, int]]
 
@@ -250,26 +253,6 @@ def _apply(
     return _binary_conv(static, *varying_together((x, w, scale, seeds)))
 
 
-def varying_together(operands: Any) -> Any:
-    """Makes all arrays vary along the same axes of an enclosing :func:`jax.shard_map`.
-
-    A gradient rule of one's own must return cotangents that vary like its arguments, which those
-    of shared weights would not. The transpose of this cast sums them over the devices.
-    """
-
-    def varying(a: jax.Array) -> frozenset[str]:
-        kind: Any = jax.typeof(a)
-        return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
-
-    axes = frozenset[str]().union(*map(varying, jax.tree.leaves(operands)))
-
-    def cast(a: jax.Array) -> jax.Array:
-        missing = tuple(sorted(axes - varying(a)))
-        return lax.pcast(a, missing, to="varying") if missing else a
-
-    return jax.tree.map(cast, operands)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _float_conv(window: Window, x: jax.Array, w: jax.Array) -> jax.Array:
     return float_conv(x, w.astype(x.dtype), window).astype(x.dtype)
@@ -308,11 +291,9 @@ def _binary_conv_fwd(
     alpha: jax.Array | None,
     seeds: list[jax.Array] | None,
 ) -> tuple[jax.Array, _Residuals]:
-    x_signs = PackedBits.pack(x >= 0)
+    x_signs, x_clip, nan_sample = _encode(x, static.implementation)
     x_signs = checkpoint_name(x_signs, "fqt_signs")
-    x_clip = None
-    if static.recipe.clip:
-        x_clip = checkpoint_name(PackedBits.pack(jnp.abs(x) <= 1), "fqt_clip")
+    x_clip = checkpoint_name(x_clip, "fqt_clip") if static.recipe.clip else None
     w_signs = PackedBits.pack(w >= 0, batch_ndim=0)
     z = kernels.forward(x_signs, w_signs, static.window, implementation=static.implementation)
     z = checkpoint_name(z, "fqt_sums")
@@ -320,12 +301,22 @@ def _binary_conv_fwd(
     if alpha is not None:
         y = y * alpha.astype(jnp.float32).reshape(1, 1, 1, -1)
     # Signs would hide a NaN, and training would go on with numbers that mean nothing.
-    bad_sample = jnp.isnan(x).any(axis=(1, 2, 3)).reshape(-1, 1, 1, 1)
     bad_channel = jnp.isnan(w).any(axis=(0, 1, 2)).reshape(1, 1, 1, -1)
-    y = y + jnp.where(bad_sample | bad_channel, jnp.float32(jnp.nan), jnp.float32(0))
+    nan = jnp.where(bad_channel, jnp.float32(jnp.nan), jnp.float32(0))
+    y = y + (nan_sample.reshape(-1, 1, 1, 1) + nan)
     kept_z = None if alpha is None else z
     residuals = _Residuals(x_signs, x_clip, w, w_signs, kept_z, alpha, seeds)
     return y.astype(x.dtype), residuals
+
+
+def _encode(x: jax.Array, implementation: str | None) -> tuple[PackedBits, PackedBits, jax.Array]:
+    """Signs of ``x``, where ``|x| <= 1``, and for each sample NaN where it has one, else zero."""
+    by_native = implementation in (None, "native") and native.unavailable() is None
+    if by_native and x.dtype == jnp.float32 and x.size:
+        one, zero = jnp.ones(x.shape[3], jnp.float32), jnp.zeros(x.shape[3], jnp.float32)
+        return transforms.encode(x, Line(one, zero, one, zero, one, zero), 1)
+    nan = jnp.where(jnp.isnan(x).any(axis=(1, 2, 3)), jnp.float32(jnp.nan), jnp.float32(0))
+    return PackedBits.pack(x >= 0), PackedBits.pack(jnp.abs(x) <= 1), nan
 
 
 def _binary_conv_bwd(

@@ -1,3 +1,4 @@
+import functools
 import math
 
 import jax
@@ -6,8 +7,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from fqt_jax.chain import max_pool
 from fqt_jax.models import MODELS, create_model
-from fqt_jax.models.common import avg_pool, max_pool, scaled
+from fqt_jax.models.common import avg_pool, scaled
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +70,24 @@ def test_the_imagenet_stem_reduces_by_four():
 @pytest.mark.parametrize(("width", "expected"), [(1.0, 64), (0.25, 16), (0.01, 8), (1.5, 96)])
 def test_the_width_factor(width, expected):
     assert scaled(64, width) == expected
+
+
+@pytest.mark.parametrize(("size", "shape"), [(2, (3, 9, 8, 5)), (3, (2, 7, 6, 4))])
+def test_gradient_of_max_pool_goes_to_the_first_maximum(size, shape):
+    x = jnp.asarray(np.random.default_rng(0).integers(-3, 4, shape), jnp.float32)
+
+    def loss(pool, x):
+        y = pool(jnp.sin(x))
+        return jnp.sum(y * jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape))
+
+    def plain(x):
+        return nnx.max_pool(x, (size, size), (size, size))
+
+    got, expected = (
+        jax.jit(jax.grad(functools.partial(loss, pool)))(x)
+        for pool in (lambda x: max_pool(x, size), plain)
+    )
+    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_max_pool_leaves_out_a_remainder():

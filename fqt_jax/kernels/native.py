@@ -19,6 +19,7 @@ import numpy as np
 from fqt_jax.binarize import PackedBits
 from fqt_jax.kernels.contract import Pair, Rounding, UnsupportedError, Window, sum_dtype
 from fqt_jax.pruning import Selection
+from fqt_jax.sharding import vary, varying_axes
 
 
 def _load() -> str | None:
@@ -67,8 +68,8 @@ def input_grad(
     rounding: Rounding | None,
     window: Window,
     input_size: Pair,
-    mask: PackedBits | None,
-    compact: bool,
+    mask: PackedBits | None = None,
+    compact: bool = False,
 ) -> jax.Array:
     """See :func:`fqt_jax.kernels.input_grad`."""
     rounding = _rounding(rounding)
@@ -124,7 +125,8 @@ def weight_grad(
 def call(name: str, results: Any, *operands: jax.Array, **attributes: Any) -> Any:
     """The one place that calls a kernel, by its name and the shapes and types of its results."""
     kernel = jax.ffi.ffi_call(f"fqt_jax_{name}", results, vmap_method="sequential")
-    return kernel(*operands, **attributes)
+    # XLA's types say nothing of axes of a shard_map: what comes from shards varies like them.
+    return vary(kernel(*operands, **attributes), varying_axes(operands))
 
 
 def _rounding(rounding: Rounding | None) -> Rounding:

@@ -154,8 +154,8 @@ def input_grad(
     rounding: Rounding | None,
     window: Window,
     input_size: Pair,
-    mask: PackedBits | None,
-    compact: bool,
+    mask: PackedBits | None = None,
+    compact: bool = False,
 ) -> jax.Array:
     """See :func:`fqt_jax.kernels.input_grad`."""
     if rounding is None:

@@ -49,9 +49,7 @@ def moments(source: jax.Array) -> jax.Array:
     Of ``s`` and of ``s^2`` where ``s >= 0``, then of both where it is not; entries of the other
     side count as zero.
     """
-    return native.call(
-        "moments", jax.ShapeDtypeStruct((4, source.shape[3]), jnp.float32), source
-    )
+    return native.call("moments", jax.ShapeDtypeStruct((4, source.shape[3]), jnp.float32), source)
 
 
 def encode(source: jax.Array, line: Line, pool: int) -> tuple[PackedBits, PackedBits, jax.Array]:
@@ -98,7 +96,7 @@ def gradient(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``g``, and its minimum and maximum for each sample and channel, ``float32[N, C]``.
 
-    A window's maximum passes its gradient to all entries that attain it, in equal parts.
+    The gradient of a window's maximum goes to the first entry that attains it.
     """
     n, _, _, c = source.shape
     bounds = jax.ShapeDtypeStruct((n, c), jnp.float32)

@@ -76,7 +76,7 @@ class ResNet(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps images ``[N, H, W, C]`` to logits ``[N, num_classes]``."""
-        x = self.stem_act(self.stem_norm(self.stem(x)))
+        x = run_chain(x, (Between(), Between(self.stem_norm, self.stem_act)), (self.stem,))
         if self.stem_pool:
             x = nnx.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
         for block in self.blocks:
@@ -121,7 +121,7 @@ class _Shortcut(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.stride > 1:
             x = avg_pool(x, self.stride)
-        return self.norm(self.conv(x))
+        return run_chain(x, (Between(), Between(self.norm)), (self.conv,))
 
 
 ResNet18 = functools.partial(ResNet, (2, 2, 2, 2))

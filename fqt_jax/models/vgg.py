@@ -63,13 +63,13 @@ class VGG(nnx.Module):
                 f"got {x.shape[1]}x{x.shape[2]}."
             )
         layers = [layer for stage in self.stages for layer in stage]
-        betweens = [
+        betweens = [Between()]
+        betweens += [
             Between(layer.norm, layer.act, pool=2 if layer is stage[-1] else 1)
             for stage in self.stages
             for layer in stage
         ]
-        x = layers[0].conv(x)
-        x = run_chain(x, betweens, [layer.conv for layer in layers[1:]])
+        x = run_chain(x, betweens, [layer.conv for layer in layers])
         return self.head(jnp.mean(x, axis=(1, 2)))
 
 

@@ -22,7 +22,7 @@ SEED = np.array([0x1234ABCD, 0x0F1E2D3C], np.uint32)
 
 _forward = jax.jit(kernels.forward, static_argnames=("window", "implementation"))
 _input_grad = jax.jit(
-    kernels.input_grad, static_argnames=("window", "input_size", "implementation")
+    kernels.input_grad, static_argnames=("window", "input_size", "compact", "implementation")
 )
 _weight_grad = jax.jit(kernels.weight_grad, static_argnames=("window", "implementation"))
 
@@ -52,10 +52,10 @@ class Case:
         x, w = self.packed
         return np.asarray(_forward(x, w, window=self.window, implementation=implementation))
 
-    def input_grad(self, rounding, implementation) -> np.ndarray:
+    def input_grad(self, rounding, implementation, **options) -> np.ndarray:
         args = (self.g, self.packed[1], rounding)
-        window, size = self.window, self.input_size
-        run = _input_grad(*args, window=window, input_size=size, implementation=implementation)
+        options.update(window=self.window, input_size=self.input_size)
+        run = _input_grad(*args, implementation=implementation, **options)
         assert run.dtype == jnp.float32
         return np.asarray(run)
 
@@ -244,6 +244,32 @@ def test_kept_groups_keep_their_own_codes(implementation, name, bits):
     np.testing.assert_array_equal(
         case.weight_grad(rounding, implementation), case.weight_grad_of(codes)
     )
+
+
+@each
+@pytest.mark.parametrize("name", ["whole words", "strided", "dense"])
+def test_masked_and_compact_input_gradients(implementation, name):
+    case = named_case(name)
+    n = case.g.shape[0]
+    full = case.input_grad(integer_rounding(case.g, 4, "samples", None), implementation)
+    bits = np.random.default_rng(1).integers(0, 2, case.x.shape).astype(bool)
+    mask = PackedBits.pack(jnp.asarray(bits))
+    rounding = integer_rounding(case.g, 4, "samples", None)
+    np.testing.assert_array_equal(
+        case.input_grad(rounding, implementation, mask=mask), np.where(bits, full, 0)
+    )
+    kept = list(range(n // 2, n))
+    rounding = integer_rounding(case.g, 4, "samples", unit(kept, n))
+    np.testing.assert_array_equal(
+        case.input_grad(rounding, implementation, compact=True), full[kept]
+    )
+    np.testing.assert_array_equal(
+        case.input_grad(rounding, implementation, mask=mask, compact=True),
+        np.where(bits, full, 0)[kept],
+    )
+    if implementation == "xla":
+        g = case.input_grad_of(case.g.astype(np.float64))
+        assert_close(case.input_grad(None, implementation, mask=mask), np.where(bits, g, 0))
 
 
 @each

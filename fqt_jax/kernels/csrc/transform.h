@@ -60,30 +60,33 @@ class Rows {
     return pooled_.data();
   }
 
-  // After pooled(n, y): spreads the gradient d of that row over the `pool` rows before pooling, in
-  // equal parts to all entries of a window that are its maximum.
+  // After pooled(n, y): the gradient d of that row on the `pool` rows before pooling. It goes to
+  // the first entry of a window that is its maximum.
   void spread(const float* d, float* out) const {
     const int64_t pool = args_.pool, c = args_.shape.c;
     std::fill_n(out, pool * row_size(), 0.0f);
-    const Buffer<float> parts(c);
+    const Buffer<float> rest(c);
     for (int64_t x = 0; x < args_.shape.w / pool; ++x) {
-      const float* __restrict most = pooled_.data() + x * c;
-      float* __restrict part = parts.data();
-      std::fill_n(part, c, 0.0f);
+      std::copy_n(d + x * c, c, rest.data());
       for (int64_t i = 0; i < pool * pool; ++i) {
-        const float* __restrict t = rows_.data() + offset(i, x);
-        for (int64_t k = 0; k < c; ++k) part[k] += t[k] == most[k] ? 1.0f : 0.0f;
-      }
-      for (int64_t k = 0; k < c; ++k) part[k] = d[x * c + k] / part[k];
-      for (int64_t i = 0; i < pool * pool; ++i) {
-        const float* __restrict t = rows_.data() + offset(i, x);
-        float* __restrict to = out + offset(i, x);
-        for (int64_t k = 0; k < c; ++k) to[k] = t[k] == most[k] ? part[k] : 0.0f;
+        give(rows_.data() + offset(i, x), pooled_.data() + x * c, c, rest.data(),
+             out + offset(i, x));
       }
     }
   }
 
  private:
+  // Hands over what is left of the gradient where t is the maximum.
+  static void give(const float* __restrict t, const float* __restrict most, int64_t c,
+                   float* __restrict rest, float* __restrict to) {
+    for (int64_t k = 0; k < c; ++k) {
+      const bool is_most = t[k] == most[k];
+      const float here = rest[k];
+      to[k] = is_most ? here : 0.0f;
+      rest[k] = is_most ? 0.0f : here;
+    }
+  }
+
   int64_t offset(int64_t i, int64_t x) const {
     const int64_t pool = args_.pool;
     return i / pool * row_size() + (x * pool + i % pool) * args_.shape.c;
