@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -34,7 +35,7 @@ class Variant(NamedTuple):
     """A recipe, and options of ``make_train_step`` with it."""
 
     recipe: Recipe
-    step_options: dict[str, Any] = {}
+    step_options: Mapping[str, Any] = MappingProxyType({})
 
 
 SPEED_RECIPES: dict[str, Variant] = {

@@ -154,7 +154,8 @@ def run_chain(
             x = between(conv(x))
         return x
     # Layers that a rule keeps in float part the chain.
-    cuts = [-1, *(i for i, conv in enumerate(convs) if not conv.recipe.binary), len(convs)]
+    layers: Sequence[Any] = convs
+    cuts = [-1, *(i for i, conv in enumerate(layers) if not conv.recipe.binary), len(layers)]
     for cut, end in itertools.pairwise(cuts):
         if cut >= 0:
             x = convs[cut](x)
@@ -174,7 +175,8 @@ def _can_fuse(x: jax.Array, betweens: Sequence[Between], convs: Sequence[Any]) -
         )
 
     def is_linear(between: Between) -> bool:
-        norm, act = between.norm, between.act
+        norm: Any = between.norm
+        act = between.act
         plain_norm = norm is None or (
             type(norm) is nnx.BatchNorm
             and norm.scale is not None
@@ -261,7 +263,7 @@ def _shape_of(between: Between) -> _Shape:
 
 
 def _params_of(between: Between) -> dict[str, jax.Array]:
-    params = {}
+    params: dict[str, jax.Array] = {}
     if between.norm is not None:
         norm: Any = between.norm
         params.update(gamma=norm.scale[...], beta=norm.bias[...])

@@ -291,9 +291,9 @@ def _binary_conv_fwd(
     alpha: jax.Array | None,
     seeds: list[jax.Array] | None,
 ) -> tuple[jax.Array, _Residuals]:
-    x_signs, x_clip, nan_sample = _encode(x, static.implementation)
+    x_signs, inside, nan_sample = _encode(x, static.implementation)
     x_signs = checkpoint_name(x_signs, "fqt_signs")
-    x_clip = checkpoint_name(x_clip, "fqt_clip") if static.recipe.clip else None
+    x_clip = checkpoint_name(inside, "fqt_clip") if static.recipe.clip else None
     w_signs = PackedBits.pack(w >= 0, batch_ndim=0)
     z = kernels.forward(x_signs, w_signs, static.window, implementation=static.implementation)
     z = checkpoint_name(z, "fqt_sums")
