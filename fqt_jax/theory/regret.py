@@ -36,9 +36,10 @@ def sgd_regret_bound(
     with :math:`c = 1/2` for steps :math:`\eta / \sqrt T` (``"constant"``) and :math:`c = 1` for
     steps :math:`\eta / \sqrt t` (``"inverse_sqrt"``). After Zinkevich (ICML 2003).
 
-    Assumes, besides what the module states: :math:`\lVert g_t \rVert_2 \le G` and
-    :math:`\mathrm{E} \lVert \hat g_t - g_t \rVert_2^2 \le \sigma^2` for each t. Any convex set
-    will do, with its Euclidean diameter.
+    Assumes, besides what the module states: :math:`\mathrm{E} \lVert g_t \rVert_2^2 \le G^2` and
+    :math:`\mathrm{E} \lVert \hat g_t - g_t \rVert_2^2 \le \sigma^2`, for each t with
+    ``"inverse_sqrt"``, and on average over t is enough with ``"constant"``. Any convex set will do,
+    with its Euclidean diameter; with ``"constant"`` its largest distance from the start.
 
     Args:
       sigma: noise, over all coordinates together.
@@ -97,7 +98,7 @@ def amsgrad_regret_bound(
 
     .. math:: \frac{1}{\sqrt T} \sum_i \left[h_i \left(\frac{D_i^2}{2 \alpha}
        + \frac{1 + \beta_1}{1 - \beta_1} \sqrt{e}\, \alpha
-       + \frac{\beta_1}{1 - \beta_1} \frac{D_i}{\sqrt{T}}\right)
+       + \frac{\beta_1}{\sqrt{1 - \beta_1}} D_i\right)
        + \frac{D_i^2 \epsilon}{2 \alpha}\right],
        \qquad h_i = \sqrt{G_i^2 + \sigma_i^2}
 
@@ -107,8 +108,9 @@ def amsgrad_regret_bound(
     plain Adam there is no such bound: its published proof has a gap, and there are convex problems
     on which its regret does not vanish (the same paper).
 
-    Assumes, besides what the module states, for each coordinate i and step t:
-    :math:`|g_{t,i}| \le G_i` and :math:`\mathrm{E} (\hat g_{t,i} - g_{t,i})^2 \le \sigma_i^2`.
+    Assumes, besides what the module states, for each coordinate i, on average over t:
+    :math:`\mathrm{E}\, g_{t,i}^2 \le G_i^2` and
+    :math:`\mathrm{E} (\hat g_{t,i} - g_{t,i})^2 \le \sigma_i^2`.
 
     Args:
       sigma: noise of each coordinate, ``[d]``. This and the next two broadcast together: give at
@@ -133,7 +135,7 @@ def amsgrad_regret_bound(
     sigma, gradient, width = _coordinates(sigma, gradient, width)
     h = np.hypot(gradient, sigma)
     later = (1 + beta1) / (1 - beta1) * math.sqrt(math.e) * learning_rate
-    last = beta1 / (1 - beta1) * width / math.sqrt(steps)
+    last = beta1 / math.sqrt(1 - beta1) * width
     start = width**2 / (2 * learning_rate)
     return float(np.sum(h * (start + later + last) + start * epsilon)) / math.sqrt(steps)
 
@@ -157,9 +159,11 @@ def amsgrad_bounded_noise_regret_bound(
        + \frac{\beta_1}{1 - \beta_1} \frac{D_i h_i}{\sqrt{T}}\right],
        \qquad h_i = \sqrt{G_i^2 + \sigma_i^2}
 
-    Assumes in addition to :func:`amsgrad_regret_bound` that :math:`|\hat g_{t,i} - g_{t,i}| \le
-    M_i` always, as it is for rounding and pruning: the largest second moment so far is not held
-    by a variance. Linear in sigma where :math:`M_i` is a multiple of :math:`\sigma_i`.
+    Assumes, besides what the module states, for each coordinate i and step t:
+    :math:`|g_{t,i}| \le G_i`, :math:`\mathrm{E} (\hat g_{t,i} - g_{t,i})^2 \le \sigma_i^2`, and
+    :math:`|\hat g_{t,i} - g_{t,i}| \le M_i` always, as there is for rounding and pruning: the
+    largest second moment so far is not held by a variance. Linear in sigma where :math:`M_i` is a
+    multiple of :math:`\sigma_i`.
 
     Args:
       sigma, gradient, width, learning_rate, steps, beta1, epsilon: as there; T from 1 on.
