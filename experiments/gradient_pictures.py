@@ -43,14 +43,13 @@ def plot_groups(states: States, path: pathlib.Path, title: str) -> None:
     for row, (kind, axis) in enumerate(_AXES):
         for i, (epoch, layers) in enumerate(states.items()):
             for column, layer in enumerate(layers.values()):
-                ranges = group_ranges(layer.g, axis)
+                ranges = group_ranges(layer.exact_g, axis)
                 bins = [float(b) for b in np.linspace(-3, 1.5, 28)]
                 logs = np.log10(np.clip(ranges / max(ranges.mean(), 1e-300), 1e-3, 10**1.5))
                 part = np.full(len(logs), 100 / len(logs))
                 axes = grid[row, column]
                 axes.hist(logs, bins, weights=part, color=f"C{i}", alpha=0.55, label=_name(epoch))
-                axes.set(xlabel=f"log10(range / mean range), {len(logs)} {kind}")
-                axes.xaxis.label.set_size(8)
+                axes.set_xlabel(f"log10(range / mean), n = {len(logs)}", fontsize=8)
                 axes.grid(alpha=0.3)
         grid[row, 0].set_ylabel(f"% of {kind}")
     grid[0, 0].legend(fontsize=7)
@@ -63,7 +62,7 @@ def plot_lorenz(states: States, path: pathlib.Path, title: str) -> None:
     for row, (kind, axis) in enumerate(_AXES):
         for i, (epoch, layers) in enumerate(states.items()):
             for column, layer in enumerate(layers.values()):
-                ranges = group_ranges(layer.g, axis)
+                ranges = group_ranges(layer.exact_g, axis)
                 label = f"{_name(epoch)}: {effective_groups(ranges):.1f} of {len(ranges)}"
                 axes = grid[row, column]
                 axes.plot(*lorenz_curve(ranges), color=f"C{i}", label=label)
@@ -85,8 +84,8 @@ def plot_time(records: list[dict[str, Any]], path: pathlib.Path, title: str) -> 
         ("kernel_noise_to_signal", "noise / signal of the weights' gradient"),
         ("input_noise_to_signal", "noise / signal of g, for the input gradient"),
         ("weight_noise_to_signal", "noise / signal of g, for the weight gradient"),
-        ("effective_samples", "effective part of the samples (%)"),
-        ("effective_channels", "effective part of the channels (%)"),
+        ("exact_effective_samples", "effective samples (%), float backward pass"),
+        ("effective_samples", "effective samples (%), as the layer gets them"),
         ("sign_flip_ratio", "weights that changed sign in the epoch (%)"),
     )
     last = records[-1]["diagnosis"]
@@ -100,8 +99,8 @@ def plot_time(records: list[dict[str, Any]], path: pathlib.Path, title: str) -> 
                 value = found.get(f"{layer}/{statistic}")
                 if value is None:
                     continue
-                if statistic.startswith("effective"):
-                    value *= 100 / found[f"{layer}/{statistic.removeprefix('effective_')}"]
+                if "effective" in statistic:
+                    value *= 100 / found[f"{layer}/samples"]
                 x.append(record["epoch"])
                 y.append(100 * value if statistic == "sign_flip_ratio" else value)
             axes.plot(x, y, marker="o", markersize=3, color=f"C{i}", label=layer)
@@ -113,7 +112,10 @@ def plot_time(records: list[dict[str, Any]], path: pathlib.Path, title: str) -> 
             )  # fmt: skip
         axes.set(xlabel="epoch", ylabel=label)
         axes.set_xlim(-0.2, records[-1]["epoch"] + 0.2)
-        axes.set_ylim(bottom=0)
+        if statistic == "kernel_noise_to_signal":
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(0, 103 if "effective" in statistic else None)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     grid[0, 0].legend(fontsize=7)
@@ -137,12 +139,10 @@ def plot_errors(rows: list[dict[str, Any]], path: pathlib.Path, title: str) -> N
                 if (row["layer"], row["quantization"]) != (layer, name):
                     continue
                 if row["epoch"] == last:
-                    start = 0.0
                     for k, term in enumerate(("rounding", "mask", "bias")):
-                        bar = {"height": 0.7 / len(layers), "left": start, "color": f"C{k}"}
-                        size.barh(offset, row[term], label=term if i == j == 0 else None, **bar)
-                        start += row[term]
-                    size.plot(row["measured"], offset, "k|", markersize=4)
+                        if row[term] > 0:
+                            size.plot(row[term], offset, "os^"[k], color=f"C{k}", markersize=3)
+                    size.plot(row["measured"], offset, "k|", markersize=6)
                 marker = "o" if row["epoch"] == last else "s"
                 ratio.errorbar(
                     100 * (row["ratio"] - 1),
@@ -154,13 +154,16 @@ def plot_errors(rows: list[dict[str, Any]], path: pathlib.Path, title: str) -> N
                     label=layer if j == 0 and row["epoch"] == last else None,
                     elinewidth=0.7,
                 )
-    size.plot([], [], "k|", label="measured")
+    for k, term in enumerate(("rounding", "mask", "bias")):
+        size.plot([], [], "os^"[k], color=f"C{k}", label=f"{term}, predicted")
+    size.plot([], [], "k|", markersize=8, label="all, measured")
+    size.set_xscale("log")
     ratio.axvspan(-2, 2, color="grey", alpha=0.15, label="within 2%")
     ratio.axvline(0, color="black", linewidth=0.7)
     size.set_yticks(range(len(names)), names)
     size.invert_yaxis()
-    size.set(xlabel=f"error / |g|^2, predicted, by term, {_name(last)}; one bar a layer")
-    ratio.set(xlabel="measured error / predicted - 1 (%), with two standard errors")
+    size.set(xlabel=f"error / |g|^2 by term, {_name(last)}; one row of marks a layer")
+    ratio.set(xlabel="measured / predicted - 1 (%), two standard errors; squares: before training")
     for axes in (size, ratio):
         axes.grid(alpha=0.3, axis="x")
         axes.legend(fontsize=8)

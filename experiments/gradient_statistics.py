@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import time
 from typing import Any, NamedTuple
 
@@ -58,8 +59,11 @@ class StatisticsConfig(RunConfig):
     """Images of the batch that is diagnosed."""
     passes: int = 16
     """Backward passes that the noise of the weights' gradient is measured over."""
-    draws: int = 400
-    """Draws that each error of a quantized gradient is measured over; 0 leaves this out."""
+    draws: int = 500
+    """Draws, to begin with, that each error of a quantized gradient is measured over; 0 leaves this
+    out."""
+    precision: float = 0.02
+    """Draws are added until the standard error is at most this part of the measured error."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,9 +71,10 @@ class StatisticsConfig(RunConfig):
             raise cli.UserError("gradient_statistics cannot resume: choose a new folder.")
         if self.draws < 0 or self.draws == 1:
             raise cli.UserError(f"draws must be 0 or at least 2; got {self.draws}.")
-        for name in ("diagnosed_images", "passes"):
-            if getattr(self, name) < 2:
-                raise cli.UserError(f"{name} must be at least 2; got {getattr(self, name)}.")
+        if not self.precision > 0:
+            raise cli.UserError(f"precision must be positive; got {self.precision}.")
+        if self.diagnosed_images < 2 or self.passes < 1:
+            raise cli.UserError("diagnosed_images must be at least 2 and passes at least 1.")
         if self.build_recipe().binary is False:
             raise cli.UserError("the recipe must be binary: full precision quantizes no gradient.")
 
@@ -126,7 +131,9 @@ def main(config: StatisticsConfig) -> None:
     )
     if rows:
         gradient_pictures.plot_errors(
-            rows, folder / "errors.png", f"{label}, n = {n} images, {config.draws} draws"
+            rows,
+            folder / "errors.png",
+            f"{label}, n = {n} images, {config.draws} draws or more",
         )
         print(summary(rows))
     print(f"{time.perf_counter() - began:.0f} seconds; written to {folder}")
@@ -206,16 +213,16 @@ def _errors(
     layers: dict[str, diagnostics.LayerGradient],
     key: jax.Array,
 ) -> list[dict[str, Any]]:
-    """Measured and predicted errors of each layer's gradient, as parts of its square."""
+    """Measured and predicted errors of each layer's exact gradient, as parts of its square."""
     rows = []
     for i, (path, layer) in enumerate(layers.items()):
-        square = float(np.sum(np.asarray(layer.g, np.float64) ** 2))
+        square = float(np.sum(np.asarray(layer.exact_g, np.float64) ** 2))
         if square == 0:
             continue
         for j, (name, quantization) in enumerate(diagnostics.COMPARED.items()):
-            predicted = quantization.predicted(layer.g)
+            predicted = quantization.predicted(layer.exact_g)
             draw_key = jax.random.fold_in(key, 1000 * (i + 1) + j)
-            measured = diagnostics.measured_error(layer.g, quantization, draw_key, config.draws)
+            measured, draws = _measure(config, layer.exact_g, quantization, draw_key)
             rows.append(
                 {
                     "epoch": epoch,
@@ -228,20 +235,41 @@ def _errors(
                     "measured": measured.mean / square,
                     "standard_error": measured.standard_error / square,
                     "ratio": measured.mean / predicted.total,
+                    "draws": draws,
                 }
             )
     return rows
 
 
+def _measure(
+    config: StatisticsConfig,
+    g: jax.Array,
+    quantization: diagnostics.Quantization,
+    key: jax.Array,
+) -> tuple[diagnostics.MeasuredError, int]:
+    """The measured error, to the precision that was asked for, and the number of draws it took."""
+    first = diagnostics.measured_error(g, quantization, key, config.draws)
+    target = config.precision * first.mean
+    blocks = min(200, math.ceil((first.standard_error / target) ** 2)) if target else 1
+    means, errors = [first.mean], [first.standard_error]
+    for i in range(1, blocks):
+        block_key = jax.random.fold_in(key, i)
+        more = diagnostics.measured_error(g, quantization, block_key, config.draws)
+        means.append(more.mean)
+        errors.append(more.standard_error)
+    error = float(np.sqrt(np.mean(np.square(errors)) / len(errors)))
+    return diagnostics.MeasuredError(float(np.mean(means)), error), len(means) * config.draws
+
+
 def summary(rows: list[dict[str, Any]]) -> str:
     """For each quantization, how far measured errors are from predicted ones, over all layers."""
-    lines = [f"{'quantization':<26} {'error / |g|^2':>14}   measured / predicted - 1: worst, mean"]
+    lines = [f"{'quantization':<24} {'error / |g|^2':>13}  measured / predicted - 1: worst, mean"]
     for name in dict.fromkeys(row["quantization"] for row in rows):
         own = [row for row in rows if row["quantization"] == name]
         off = [row["ratio"] - 1 for row in own]
         worst = max(off, key=abs)
         error = np.mean([row["predicted"] for row in own])
-        lines.append(f"{name:<26} {error:>14.3f}   {worst:+.2%}, {np.mean(off):+.2%}")
+        lines.append(f"{name:<24} {error:>13.3f}  {worst:+.2%}, {np.mean(off):+.2%}")
     worst = max((row["ratio"] - 1 for row in rows), key=abs)
     layers = len({(row["epoch"], row["layer"]) for row in rows})
     lines.append(f"largest deviation of {len(rows)} ({layers} gradients): {worst:+.2%}")

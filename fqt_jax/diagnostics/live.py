@@ -50,6 +50,8 @@ def diagnose(
     ``input_noise_to_signal``        predicted ``|Q(g) - g| / |g|``, root mean square, of what the
                                      input gradient is computed from
     ``weight_noise_to_signal``       the same for the weight gradient
+    ``exact_effective_samples``      the same of ``g`` in a float backward pass, which no layer
+    ``exact_effective_channels``     above has pruned
     ``kernel_noise_to_signal``       of the weights' gradient itself, measured over ``passes``
                                      backward passes, noise of the layers above included
     ``past_stall_threshold``         1 if that exceeds :data:`STALL_NOISE_TO_SIGNAL`, else 0
@@ -64,7 +66,7 @@ def diagnose(
       images: a batch as the model takes it, preprocessed.
       labels: ``int[N]``.
       key: JAX random key.
-      passes: backward passes to measure noise over, at least 2.
+      passes: backward passes to measure noise over.
       previous: parameters to count sign flips from, ``state.params`` of an earlier time, copied
         since a training step donates its state; ``None`` leaves sign flips out.
       losses_of: ``(logits, labels) -> losses``.
@@ -113,6 +115,7 @@ def describe(layer: LayerGradient) -> dict[str, float]:
     for name, axis in (("samples", 0), ("channels", 3)):
         entry[name] = float(g.shape[axis])
         entry[f"effective_{name}"] = effective_groups(group_ranges(g, axis))
+        entry[f"exact_effective_{name}"] = effective_groups(group_ranges(layer.exact_g, axis))
     quantizer, prune = layer.recipe.gradient, layer.recipe.prune
     for product in ("input", "weight"):
         error = 0.0

@@ -49,16 +49,19 @@ class LayerGradient:
       path: where the layer stands in the model.
       recipe: what it quantizes.
       g: ``float32[N, H', W', O]``: what is quantized, :math:`g = \alpha\, \partial L/\partial y`,
-        in one backward pass. It carries the noise of the quantized layers above.
-      noise: root of the total variance, over random rounding and pruning in the whole network, of
-        the gradient of the layer's weights; 0 if nothing is random.
-      signal: norm of the mean of that gradient, corrected for the noise that is left in a mean of
-        few passes.
+        in one backward pass. It carries the noise of the quantized layers above: where those
+        pruned samples, most of its samples are nearly zero.
+      exact_g: the same in a backward pass in float.
+      noise: root of the mean of :math:`\lVert \hat d - d \rVert^2` over backward passes with
+        draws of their own, for the quantized gradient :math:`\hat d` of the layer's weights and
+        the float one :math:`d`; noise of the layers above included.
+      signal: norm of :math:`d`.
     """
 
     path: str
     recipe: Recipe
     g: jax.Array
+    exact_g: jax.Array
     noise: float
     signal: float
 
@@ -122,16 +125,16 @@ def layer_gradients(
 ) -> dict[str, LayerGradient]:
     """Gradients of each quantized layer of a model on a batch, from real backward passes.
 
-    The model itself stays as it is. The first call for a model and a shape compiles one backward
-    pass; later calls reuse it, whatever the parameters are.
+    The model itself stays as it is. The first call for a model and a shape compiles two backward
+    passes, quantized and in float; later calls reuse them, whatever the parameters are.
 
     Args:
       model: a model with layers that :func:`fqt_jax.quantize` converted.
       x: the batch, as the model takes it.
       labels: ``int[N]``.
       key: JAX random key of rounding and pruning.
-      passes: backward passes, each with its own draws, over which ``noise`` and ``signal`` are
-        measured; at least 2.
+      passes: quantized backward passes, each with its own draws, over which ``noise`` is
+        measured; at least 1.
       losses_of: ``(logits, labels) -> losses``; the loss is their mean. A function defined once,
         since a new one is compiled anew.
 
@@ -140,7 +143,7 @@ def layer_gradients(
 
     Raises:
       ValueError: the model has no quantized layer, a quantized layer is called more than once, or
-        ``passes`` is less than 2.
+        ``passes`` is not positive.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -153,8 +156,8 @@ def layer_gradients(
       >>> layer.g.shape, layer.noise > 0
       ((16, 1, 1, 4), True)
     """
-    if passes < 2:
-        raise ValueError(f"passes must be at least 2, to measure a deviation; got {passes}.")
+    if passes < 1:
+        raise ValueError(f"passes must be at least 1; got {passes}.")
     shapes = [shape for shape in layer_shapes(model, x) if shape.recipe.binary]
     paths = [shape.path for shape in shapes]
     if not paths:
@@ -167,11 +170,10 @@ def layer_gradients(
     results = _backward(graphdef, params, others, x, labels, keys, losses_of)
     found = {}
     for shape in shapes:
-        g, square, deviation = results[shape.path]
-        variance = float(deviation) / (passes - 1)
-        # The mean of a few passes is longer than the mean of all by what noise is left in it.
-        signal = max(0.0, float(square) - variance / passes) ** 0.5
-        found[shape.path] = LayerGradient(shape.path, shape.recipe, g, variance**0.5, signal)
+        g, exact_g, noise, signal = results[shape.path]
+        found[shape.path] = LayerGradient(
+            shape.path, shape.recipe, g, exact_g, float(noise), float(signal)
+        )
     return found
 
 
@@ -184,57 +186,61 @@ def _backward(
     y: jax.Array,
     keys: jax.Array,
     losses_of: LossesOf,
-) -> dict[str, tuple[jax.Array, jax.Array, jax.Array]]:
-    """For each quantized layer: ``g`` of the last pass, and moments of its kernel's gradient."""
+) -> dict[str, tuple[jax.Array, ...]]:
+    """For each quantized layer: ``g`` of the last pass, exact ``g``, noise, signal."""
     model = nnx.merge(graphdef, params, others, copy=True)
     layers = {path: layer for path, layer in _layers(model) if _is_quantized(layer)}
     kernels = {path: layer.kernel[...] for path, layer in layers.items()}
-    zeros: dict[str, Any] = {}
+    shapes: dict[str, Any] = {}
 
-    def objective(kernels: dict[str, Any], taps: dict[str, Any], key: jax.Array) -> jax.Array:
+    def objective(
+        kernels: dict[str, Any], taps: dict[str, Any], key: jax.Array, exact: bool
+    ) -> jax.Array:
         model = nnx.merge(graphdef, params, others, copy=True)
         for path, layer in _layers(model):
             if path in kernels:
                 layer.kernel[...] = kernels[path]
+                if exact:
+                    layer.recipe = dataclasses.replace(layer.recipe, gradient=None)
         nnx.reseed(model, rounding=key)
         model.train()
 
         def observe(path: str, layer: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-            if not _is_quantized(layer):
+            if path not in kernels:
                 return y
-            zeros.setdefault(path, jax.ShapeDtypeStruct(y.shape, y.dtype))
+            shapes.setdefault(path, jax.ShapeDtypeStruct(y.shape, y.dtype))
             return y + taps[path] if path in taps else y
 
         return jnp.mean(losses_of(_tapped(model, observe)(x), y))
 
-    jax.eval_shape(lambda: objective(kernels, {}, keys[0]))
-    taps = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), zeros)
+    jax.eval_shape(lambda: objective(kernels, {}, keys[0], True))
+    taps = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     gradients = jax.grad(objective, argnums=(0, 1))
-    # Moments about the first pass, which lose nothing to cancellation.
-    pivot, _ = gradients(kernels, taps, keys[0])
+    exact_kernel, exact_output = gradients(kernels, taps, keys[0], True)
 
     def one_pass(carry: Any, key: jax.Array) -> tuple[Any, None]:
-        sums, squares, _ = carry
-        kernel_grads, output_grads = gradients(kernels, taps, key)
-        away = jax.tree.map(jnp.subtract, kernel_grads, pivot)
-        sums = jax.tree.map(jnp.add, sums, away)
-        squares = jax.tree.map(lambda total, d: total + jnp.sum(d * d), squares, away)
-        return (sums, squares, output_grads), None
+        squares, _ = carry
+        kernel_grads, output_grads = gradients(kernels, taps, key, False)
+        return (
+            jax.tree.map(
+                lambda total, a, b: total + jnp.sum(jnp.square(a - b)),
+                squares,
+                kernel_grads,
+                exact_kernel,
+            ),
+            output_grads,
+        ), None
 
-    start = (
-        jax.tree.map(jnp.zeros_like, kernels),
-        jax.tree.map(lambda k: jnp.zeros((), k.dtype), kernels),
-        taps,
-    )
-    (sums, squares, output_grads), _ = jax.lax.scan(one_pass, start, keys)
-    n = keys.shape[0]
-    result = {}
+    none_yet = jax.tree.map(lambda k: jnp.zeros((), k.dtype), kernels)
+    (squares, output_grads), _ = jax.lax.scan(one_pass, (none_yet, taps), keys)
+    result: dict[str, tuple[jax.Array, ...]] = {}
     for path, layer in layers.items():
-        mean_away = sums[path] / n
-        deviation = squares[path] - n * jnp.sum(mean_away * mean_away)
-        square = jnp.sum(jnp.square(pivot[path] + mean_away))
-        g = _as_images(layer, output_grads[path]).astype(jnp.float32) * _scale(layer)
-        result[path] = (g, square, jnp.maximum(deviation, 0.0))
+        g, exact_g = (
+            _as_images(layer, grads[path]).astype(jnp.float32) * _scale(layer)
+            for grads in (output_grads, exact_output)
+        )
+        noise = jnp.sqrt(squares[path] / keys.shape[0])
+        result[path] = (g, exact_g, noise, jnp.linalg.norm(exact_kernel[path].reshape(-1)))
     return result
 
 
