@@ -67,8 +67,9 @@ class ConvergenceConfig:
     def __post_init__(self) -> None:
         if self.steps < 2 or self.runs < 2:
             raise cli.UserError("steps and runs must be at least 2.")
-        if len(self.sigmas) < 2 or self.sigmas[0] != 0 or min(self.sigmas[1:]) <= 0:
-            raise cli.UserError("sigmas must be 0 followed by positive numbers.")
+        first, *noisy = self.sigmas or (1.0,)
+        if first != 0 or len(noisy) < 2 or sorted(set(noisy)) != noisy or noisy[0] <= 0:
+            raise cli.UserError("sigmas must be 0 and two or more positive numbers, increasing.")
         if not 10 <= self.images <= 1797:
             raise cli.UserError(f"images must be from 10 to 1797; got {self.images}.")
         for name in ("half_width", "sgd_learning_rate", "adam_learning_rate"):

@@ -39,13 +39,13 @@ def _name(epoch: int) -> str:
 
 def plot_groups(states: States, path: pathlib.Path, title: str) -> None:
     """Histograms of the groups' ranges, relative to the mean range of the layer's groups."""
-    figure, grid = _grid(states, f"Ranges of the gradient's groups: {title}", 2.5)
+    figure, grid = _grid(states, f"Ranges of the exact gradient's groups: {title}", 2.5)
     for row, (kind, axis) in enumerate(_AXES):
         for i, (epoch, layers) in enumerate(states.items()):
             for column, layer in enumerate(layers.values()):
                 ranges = group_ranges(layer.exact_g, axis)
-                bins = [float(b) for b in np.linspace(-3, 1.5, 28)]
-                logs = np.log10(np.clip(ranges / max(ranges.mean(), 1e-300), 1e-3, 10**1.5))
+                bins = [float(b) for b in np.linspace(-2, 1, 31)]
+                logs = np.log10(np.clip(ranges / max(ranges.mean(), 1e-300), 1e-2, 10))
                 part = np.full(len(logs), 100 / len(logs))
                 axes = grid[row, column]
                 axes.hist(logs, bins, weights=part, color=f"C{i}", alpha=0.55, label=_name(epoch))
@@ -58,7 +58,7 @@ def plot_groups(states: States, path: pathlib.Path, title: str) -> None:
 
 def plot_lorenz(states: States, path: pathlib.Path, title: str) -> None:
     """Lorenz curves of the ranges, with the effective number of groups."""
-    figure, grid = _grid(states, f"Lorenz curves of the groups' ranges: {title}", 2.5)
+    figure, grid = _grid(states, f"Lorenz curves of the exact gradient's ranges: {title}", 2.5)
     for row, (kind, axis) in enumerate(_AXES):
         for i, (epoch, layers) in enumerate(states.items()):
             for column, layer in enumerate(layers.values()):
@@ -114,11 +114,16 @@ def plot_time(records: list[dict[str, Any]], path: pathlib.Path, title: str) -> 
         axes.set_xlim(-0.2, records[-1]["epoch"] + 0.2)
         if statistic == "kernel_noise_to_signal":
             axes.set_yscale("log")
+            axes.yaxis.set_minor_formatter("{x:g}")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.tick_params(axis="y", which="minor", labelsize=7)
         else:
             axes.set_ylim(0, 103 if "effective" in statistic else None)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-    grid[0, 0].legend(fontsize=7)
+    grid[0, 1].legend(fontsize=7)
+    for axes in grid.flat:
+        axes.yaxis.label.set_size(9)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=130)
 
@@ -159,11 +164,13 @@ def plot_errors(rows: list[dict[str, Any]], path: pathlib.Path, title: str) -> N
     size.plot([], [], "k|", markersize=8, label="all, measured")
     size.set_xscale("log")
     ratio.axvspan(-2, 2, color="grey", alpha=0.15, label="within 2%")
+    ratio.plot([], [], "ks", markersize=3, label="before training")
+    ratio.plot([], [], "ko", markersize=3, label=_name(last))
     ratio.axvline(0, color="black", linewidth=0.7)
     size.set_yticks(range(len(names)), names)
     size.invert_yaxis()
     size.set(xlabel=f"error / |g|^2 by term, {_name(last)}; one row of marks a layer")
-    ratio.set(xlabel="measured / predicted - 1 (%), two standard errors; squares: before training")
+    ratio.set(xlabel="measured / predicted - 1 (%), bars: two standard errors")
     for axes in (size, ratio):
         axes.grid(alpha=0.3, axis="x")
         axes.legend(fontsize=8)

@@ -215,12 +215,14 @@ def _errors(
 ) -> list[dict[str, Any]]:
     """Measured and predicted errors of each layer's exact gradient, as parts of its square."""
     rows = []
+    # Where a prediction is itself an average over drawn outcomes, it must be as precise.
+    selections = int(np.clip(256 * (0.02 / config.precision) ** 2, 256, 4096))
     for i, (path, layer) in enumerate(layers.items()):
         square = float(np.sum(np.asarray(layer.exact_g, np.float64) ** 2))
         if square == 0:
             continue
         for j, (name, quantization) in enumerate(diagnostics.COMPARED.items()):
-            predicted = quantization.predicted(layer.exact_g)
+            predicted = quantization.predicted(layer.exact_g, selections)
             draw_key = jax.random.fold_in(key, 1000 * (i + 1) + j)
             measured, draws = _measure(config, layer.exact_g, quantization, draw_key)
             rows.append(

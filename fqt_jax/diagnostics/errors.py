@@ -31,9 +31,15 @@ class Quantization(NamedTuple):
     product: Product = "input"
     prune: Prune = "channels"
 
-    def predicted(self, g: jax.Array) -> GradientError:
+    def predicted(self, g: jax.Array, selections: int = 256) -> GradientError:
         """:func:`fqt_jax.theory.gradient_error` of ``g``."""
-        return gradient_error(np.asarray(g), self.quantizer, product=self.product, prune=self.prune)
+        return gradient_error(
+            np.asarray(g),
+            self.quantizer,
+            product=self.product,
+            prune=self.prune,
+            selections=selections,
+        )
 
 
 def _compared() -> dict[str, Quantization]:
