@@ -171,8 +171,8 @@ def plot_errors(rows: list[dict[str, Any]], path: pathlib.Path, title: str) -> N
     size.invert_yaxis()
     size.set(xlabel=f"error / |g|^2 by term, {_name(last)}; one row of marks a layer")
     ratio.set(xlabel="measured / predicted - 1 (%), bars: two standard errors")
-    for axes in (size, ratio):
+    for axes, place in ((size, "upper left"), (ratio, "lower left")):
         axes.grid(alpha=0.3, axis="x")
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=7, loc=place)
     figure.suptitle(f"Error of one-bit gradients: {title}", fontsize=10)
     figure.savefig(path, dpi=130)
