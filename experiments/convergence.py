@@ -101,6 +101,15 @@ class Method(NamedTuple):
     beta1: float | None
 
 
+def build_methods(config: ConvergenceConfig) -> list[Method]:
+    """What is compared."""
+    return [
+        Method("SGD", config.sgd_learning_rate, None),
+        Method("AMSGrad, beta1 0.9", config.adam_learning_rate, 0.9),
+        Method("AMSGrad, beta1 0", config.adam_learning_rate, 0.0),
+    ]
+
+
 def build_problem(config: ConvergenceConfig) -> Problem:
     """The problem, with its minimum found by an accelerated projected gradient method."""
     digits = sklearn.datasets.load_digits()
@@ -245,16 +254,11 @@ def main(config: ConvergenceConfig) -> None:
     began = time.perf_counter()
     folder = output_folder(config.out, "convergence")
     problem = build_problem(config)
-    methods = [
-        Method("SGD", config.sgd_learning_rate, None),
-        Method("AMSGrad, beta1 0.9", config.adam_learning_rate, 0.9),
-        Method("AMSGrad, beta1 0", config.adam_learning_rate, 0.0),
-    ]
     keys = jax.random.split(jax.random.key(config.seed), config.runs)
     ceiling = 0.25 * (float(np.log(10)) - problem.least)
     rows: list[dict[str, Any]] = []
     slopes = {}
-    for method in methods:
+    for method in build_methods(config):
         once = functools.partial(run_once, problem, method, config.steps)
         controlled = jax.jit(
             jax.vmap(lambda sigma, key, once=once: once(sigma, None, key), (None, 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +11,8 @@ from fqt_jax.pruning import group_importance, keep_probabilities, sum_of_squares
 from fqt_jax.recipe import GradientQuantizer, Sampler
 
 Float = npt.NDArray[np.float64]
+
+_keep_probabilities = jax.jit(keep_probabilities)
 
 _ROUNDING = 1e-6
 """Keep probabilities come as float32: their running sums are whole numbers only up to this."""
@@ -50,7 +53,7 @@ def group_probabilities(g: npt.ArrayLike, quantizer: GradientQuantizer, axis: in
         # The lower index wins a tie, as in jax.lax.top_k.
         kept = np.argsort(-np.asarray(importance), kind="stable")[:k]
         return np.isin(np.arange(n), kept).astype(np.float64)
-    return np.asarray(keep_probabilities(importance, k), np.float64)
+    return np.asarray(_keep_probabilities(importance, k), np.float64)
 
 
 def systematic_selections(p: npt.ArrayLike) -> tuple[Float, Float]:
