@@ -252,8 +252,8 @@ def fit_slope(rows: list[dict[str, Any]], ceiling: float) -> dict[str, Any]:
 def main(config: ConvergenceConfig) -> None:
     """Runs the experiment."""
     began = time.perf_counter()
-    folder = output_folder(config.out, "convergence")
     problem = build_problem(config)
+    folder = output_folder(config.out, "convergence")
     keys = jax.random.split(jax.random.key(config.seed), config.runs)
     ceiling = 0.25 * (float(np.log(10)) - problem.least)
     rows: list[dict[str, Any]] = []

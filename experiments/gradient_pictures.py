@@ -112,7 +112,7 @@ def plot_time(records: list[dict[str, Any]], path: pathlib.Path, title: str) -> 
             )  # fmt: skip
         axes.set(xlabel="epoch", ylabel=label)
         axes.set_xlim(-0.2, records[-1]["epoch"] + 0.2)
-        if statistic == "kernel_noise_to_signal":
+        if statistic == "kernel_noise_to_signal" and min(axes.lines[0].get_ydata()) > 0.05:
             axes.set_yscale("log")
             axes.yaxis.set_minor_formatter("{x:g}")
             axes.yaxis.set_major_formatter("{x:g}")

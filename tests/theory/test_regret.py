@@ -167,6 +167,32 @@ def test_tuned_sgd_is_the_least_bound():
     assert tuned == pytest.approx(2.0)
 
 
+def test_the_bounds_are_the_formulas_of_the_theorems():
+    """By hand, for two coordinates: h is 5 and 13."""
+    options = {
+        "gradient": [3.0, 5.0],
+        "width": [2.0, 1.0],
+        "learning_rate": 0.5,
+        "steps": 100,
+        "beta1": 0.75,
+        "epsilon": 0.1,
+    }
+    root = np.sqrt(np.e)
+    theorem_a = (
+        5 * (4 / 1 + 7 * root * 0.5 + 0.75 / 0.5 * 2) + 4 * 0.1
+        + 13 * (1 / 1 + 7 * root * 0.5 + 0.75 / 0.5 * 1) + 1 * 0.1
+    ) / 10  # fmt: skip
+    assert theory.amsgrad_regret_bound([4.0, 12.0], **options) == pytest.approx(theorem_a)
+    theorem_b = (
+        4 * (3 + 6 + 0.1) + 7 * 0.5 * 5 / 0.2 + 3 * 2 * 5 / 10
+        + 1 * (5 + 20 + 0.1) + 7 * 0.5 * 13 / 0.2 + 3 * 1 * 13 / 10
+    ) / 10  # fmt: skip
+    got = theory.amsgrad_bounded_noise_regret_bound(
+        [4.0, 12.0], largest_noise=[6.0, 20.0], beta2=0.96, **options
+    )
+    assert got == pytest.approx(theorem_b)
+
+
 def test_coordinates_add_up():
     options = {"width": 1.0, "learning_rate": 1.0, "steps": 10}
     one = theory.amsgrad_regret_bound(2.0, gradient=1.0, **options)
