@@ -15,7 +15,7 @@ from fqt_jax.gradients import LossesOf
 from fqt_jax.training import TrainState, cross_entropy, merge_model
 
 STALL_NOISE_TO_SIGNAL = 3**-0.5
-r"""Noise-to-signal ratio of a gradient past which training is known to lose its grip:
+r"""Noise-to-signal ratio of a gradient past which quantized training was found less effective:
 :math:`1/\sqrt 3 \approx 0.58`.
 
 Chmiel et al. (arXiv 2505.19115) find, for training of language models in FP4, that quantized
@@ -142,7 +142,7 @@ def stall_warning(found: dict[str, float]) -> str | None:
     Example:
       >>> print(stall_warning({"a/kernel_noise_to_signal": 2.0, "b/kernel_noise_to_signal": 0.1}))
       the noise of the weights' gradient exceeds 1/sqrt(3) of its norm, past which quantized
-        training was found to stall (arXiv 2505.19115), in 1 of 2 layers: a (2)
+        training was found to be less effective (arXiv 2505.19115), in 1 of 2 layers: a (2)
     """
     suffix = "/kernel_noise_to_signal"
     ratios = {
@@ -156,6 +156,6 @@ def stall_warning(found: dict[str, float]) -> str | None:
     names = ", ".join(f"{path} ({ratio:.2g})" for path, ratio in past.items())
     return (
         "the noise of the weights' gradient exceeds 1/sqrt(3) of its norm, past which quantized "
-        f"training was found to stall (arXiv 2505.19115), in {len(past)} of {len(ratios)} "
+        f"training was found to be less effective (arXiv 2505.19115), in {len(past)} of {len(ratios)} "
         f"layers: {names}"
     )
