@@ -156,6 +156,6 @@ def stall_warning(found: dict[str, float]) -> str | None:
     names = ", ".join(f"{path} ({ratio:.2g})" for path, ratio in past.items())
     return (
         "the noise of the weights' gradient exceeds 1/sqrt(3) of its norm, past which quantized "
-        f"training was found to be less effective (arXiv 2505.19115), in {len(past)} of {len(ratios)} "
-        f"layers: {names}"
+        "training was found to be less effective (arXiv 2505.19115), in "
+        f"{len(past)} of {len(ratios)} layers: {names}"
     )
