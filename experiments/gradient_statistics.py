@@ -1,0 +1,282 @@
+"""Statistics of the gradients that a quantized model trains with, layer by layer.
+
+    python -m experiments.gradient_statistics --recipe fqt1 --epochs 4
+
+Trains a small model and, before training and after each epoch, diagnoses it on one batch: ranges
+of the groups over samples and over channels, noise-to-signal, sign flips; and at the start and the
+end the error of one-bit gradients per tensor, per sample and by AGP with each sampler, measured
+against the exact formula. Writes JSON lines and pictures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from experiments import cli, gradient_pictures, runner
+from experiments.config import RunConfig
+from experiments.data import Dataset, epoch_order
+from experiments.data.augment import normalize
+from experiments.folders import write_json
+from fqt_jax import diagnostics
+from fqt_jax.training import (
+    Metrics,
+    TrainState,
+    create_state,
+    make_eval_step,
+    make_train_step,
+    merge_model,
+    reset_metrics,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class StatisticsConfig(RunConfig):
+    """A training run from random values, without augmentation, and what is measured in it."""
+
+    dataset: str = "mnist5k"
+    """Data set, as for experiments.finetune."""
+    model: str = "vgg_small"
+    """Model: vgg_small, vgg11, vgg13, vgg16, vgg19, resnet18 or resnet34."""
+    width: float = 0.5
+    """Factor on the model's number of channels."""
+    image_size: int | None = 16
+    """Images are resized to this."""
+    learning_rate: float | None = 2e-3
+    """Learning rate."""
+    epochs: int = 4
+    """Passes over the training data."""
+    diagnosed_images: int = 64
+    """Images of the batch that is diagnosed."""
+    passes: int = 16
+    """Backward passes that the noise of the weights' gradient is measured over."""
+    draws: int = 500
+    """Draws, to begin with, that each error of a quantized gradient is measured over; 0 leaves this
+    out."""
+    precision: float = 0.02
+    """Draws are added until the standard error is at most this part of the measured error."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resume is not None:
+            raise cli.UserError("gradient_statistics cannot resume: choose a new folder.")
+        if self.draws < 0 or self.draws == 1:
+            raise cli.UserError(f"draws must be 0 or at least 2; got {self.draws}.")
+        if not self.precision > 0:
+            raise cli.UserError(f"precision must be positive; got {self.precision}.")
+        if self.diagnosed_images < 2 or self.passes < 1:
+            raise cli.UserError("diagnosed_images must be at least 2 and passes at least 1.")
+        if self.build_recipe().binary is False:
+            raise cli.UserError("the recipe must be binary: full precision quantizes no gradient.")
+
+
+class Batch(NamedTuple):
+    """What is diagnosed: preprocessed images, labels, and the key of all draws."""
+
+    images: jax.Array
+    labels: jax.Array
+    key: jax.Array
+
+
+def main(config: StatisticsConfig) -> None:
+    """Runs the experiment."""
+    began = time.perf_counter()
+    dataset = runner.load_dataset(config)
+    if max(config.batch_size, config.diagnosed_images) > len(dataset.train):
+        raise cli.UserError(f"there are only {len(dataset.train)} training images.")
+    task = runner.build_task(config, dataset, None)
+    folder = runner.new_folder(config, "gradients")
+    runner.write_config(config, folder)
+    print(task.table)
+    prepare = functools.partial(normalize, mean=dataset.mean, std=dataset.std)
+    n = config.diagnosed_images
+    batch = Batch(
+        prepare(jnp.asarray(dataset.train.images[:n])),
+        jnp.asarray(dataset.train.labels[:n]),
+        jax.random.key(config.seed + 1),
+    )
+    print(diagnostics.budget(task.model, batch.images))
+    records, graphdef, states = [], None, {}
+    with (folder / "statistics.jsonl").open("w") as file:
+        for epoch, graphdef, state, found in _train(config, dataset, task.model, prepare, batch):
+            records.append(found)
+            file.write(json.dumps(found) + "\n")
+            file.flush()
+            print(_line(found, config.epochs), flush=True)
+            if epoch in (0, config.epochs):
+                states[epoch] = _groups(graphdef, state, batch, config.passes)
+    warning = diagnostics.stall_warning(records[-1]["diagnosis"])
+    if warning:
+        print(f"warning: {warning}")
+    rows = [
+        row
+        for epoch, layers in states.items()
+        for row in (_errors(config, epoch, layers, batch.key) if config.draws else [])
+    ]
+    write_json(folder / "errors.json", rows)
+    label = f"{config.dataset}, {config.model} x{config.width:g}, {config.recipe}"
+    gradient_pictures.plot_groups(states, folder / "ranges.png", f"{label}, n = {n} images")
+    gradient_pictures.plot_lorenz(states, folder / "lorenz.png", f"{label}, n = {n} images")
+    gradient_pictures.plot_time(
+        records, folder / "over_time.png", f"{label}, n = {n} images, {config.passes} passes"
+    )
+    if rows:
+        gradient_pictures.plot_errors(
+            rows,
+            folder / "errors.png",
+            f"{label}, n = {n} images, {config.draws} draws or more",
+        )
+        print(summary(rows))
+    print(f"{time.perf_counter() - began:.0f} seconds; written to {folder}")
+
+
+def _train(
+    config: StatisticsConfig, dataset: Dataset, model: nnx.Module, prepare: Any, batch: Batch
+) -> Any:
+    """Yields (epoch, graphdef, state, record), from epoch 0, before training, to the last."""
+    steps = len(dataset.train) // config.batch_size
+    params = nnx.state(model, nnx.Param)
+    optimizer = config.build_optimizer().build(params, steps * config.epochs)
+    graphdef, state = create_state(model, optimizer)
+    step = make_train_step(
+        graphdef,
+        optimizer,
+        smoothing=config.label_smoothing,
+        preprocess=lambda x, key: prepare(x),
+    )
+    evaluate = make_eval_step(graphdef, preprocess=prepare)
+    images, labels = jnp.asarray(dataset.train.images), jnp.asarray(dataset.train.labels)
+    held_out = [jnp.asarray(a) for a in (dataset.validation.images, dataset.validation.labels)]
+    key, previous = jax.random.key(config.seed), None
+    for epoch in range(config.epochs + 1):
+        if epoch:
+            previous = jax.tree.map(jnp.copy, state.params)
+            order = epoch_order(len(labels), config.batch_size, config.seed, epoch - 1)
+            for indices in order:
+                state, _ = step(state, images, labels, jnp.asarray(indices), key)
+        trained = state.metrics.means() if epoch else None
+        state = reset_metrics(state)
+        yield (
+            epoch,
+            graphdef,
+            state,
+            {
+                "epoch": epoch,
+                "train_loss": trained and trained["loss"],
+                "train_accuracy": trained and trained["accuracy"],
+                "validation_accuracy": _accuracy(evaluate, state, held_out, config.batch_size),
+                "diagnosis": diagnostics.diagnose(
+                    graphdef, state, *batch, passes=config.passes, previous=previous
+                ),
+            },
+        )
+
+
+def _accuracy(evaluate: Any, state: TrainState, data: list[jax.Array], batch: int) -> float:
+    metrics, n = Metrics.zero(), data[1].shape[0]
+    for start in range(0, n, batch):
+        indices = np.arange(start, start + batch, dtype=np.int32)
+        metrics = evaluate(state, metrics, *data, jnp.asarray(np.where(indices < n, indices, -1)))
+    return metrics.means()["accuracy"]
+
+
+def _line(found: dict[str, Any], epochs: int) -> str:
+    ratio = found["diagnosis"]["all/kernel_noise_to_signal"]
+    loss = "" if found["train_loss"] is None else f"loss {found['train_loss']:.4f}, "
+    return (
+        f"epoch {found['epoch']}/{epochs}: {loss}validation accuracy "
+        f"{found['validation_accuracy']:.1%}, noise-to-signal of all weights' gradient {ratio:.2f}"
+    )
+
+
+def _groups(
+    graphdef: Any, state: TrainState, batch: Batch, passes: int
+) -> dict[str, diagnostics.LayerGradient]:
+    model = merge_model(graphdef, state)
+    return diagnostics.layer_gradients(
+        model, batch.images, batch.labels, key=batch.key, passes=passes
+    )
+
+
+def _errors(
+    config: StatisticsConfig,
+    epoch: int,
+    layers: dict[str, diagnostics.LayerGradient],
+    key: jax.Array,
+) -> list[dict[str, Any]]:
+    """Measured and predicted errors of each layer's exact gradient, as parts of its square."""
+    rows = []
+    # Where a prediction is itself an average over drawn outcomes, it must be as precise.
+    selections = int(np.clip(256 * (0.02 / config.precision) ** 2, 256, 4096))
+    for i, (path, layer) in enumerate(layers.items()):
+        square = float(np.sum(np.asarray(layer.exact_g, np.float64) ** 2))
+        if square == 0:
+            continue
+        for j, (name, quantization) in enumerate(diagnostics.COMPARED.items()):
+            predicted = quantization.predicted(layer.exact_g, selections)
+            draw_key = jax.random.fold_in(key, 1000 * (i + 1) + j)
+            measured, draws = _measure(config, layer.exact_g, quantization, draw_key)
+            rows.append(
+                {
+                    "epoch": epoch,
+                    "layer": path,
+                    "quantization": name,
+                    "rounding": predicted.rounding / square,
+                    "mask": predicted.mask / square,
+                    "bias": predicted.bias / square,
+                    "predicted": predicted.total / square,
+                    "measured": measured.mean / square,
+                    "standard_error": measured.standard_error / square,
+                    "ratio": measured.mean / predicted.total,
+                    "draws": draws,
+                }
+            )
+    return rows
+
+
+def _measure(
+    config: StatisticsConfig,
+    g: jax.Array,
+    quantization: diagnostics.Quantization,
+    key: jax.Array,
+) -> tuple[diagnostics.MeasuredError, int]:
+    """The measured error, to the precision that was asked for, and the number of draws it took."""
+    first = diagnostics.measured_error(g, quantization, key, config.draws)
+    target = config.precision * first.mean
+    blocks = min(200, math.ceil((first.standard_error / target) ** 2)) if target else 1
+    means, errors = [first.mean], [first.standard_error]
+    for i in range(1, blocks):
+        block_key = jax.random.fold_in(key, i)
+        more = diagnostics.measured_error(g, quantization, block_key, config.draws)
+        means.append(more.mean)
+        errors.append(more.standard_error)
+    error = float(np.sqrt(np.mean(np.square(errors)) / len(errors)))
+    return diagnostics.MeasuredError(float(np.mean(means)), error), len(means) * config.draws
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """For each quantization, how far measured errors are from predicted ones, over all layers."""
+    lines = [f"{'quantization':<24} {'error / |g|^2':>13}  measured / predicted - 1: worst, mean"]
+    for name in dict.fromkeys(row["quantization"] for row in rows):
+        own = [row for row in rows if row["quantization"] == name]
+        off = [row["ratio"] - 1 for row in own]
+        worst = max(off, key=abs)
+        error = np.mean([row["predicted"] for row in own])
+        lines.append(f"{name:<24} {error:>13.3f}  {worst:+.2%}, {np.mean(off):+.2%}")
+    worst = max((row["ratio"] - 1 for row in rows), key=abs)
+    layers = len({(row["epoch"], row["layer"]) for row in rows})
+    lines.append(f"largest deviation of {len(rows)} ({layers} gradients): {worst:+.2%}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run(main, StatisticsConfig)
