@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from experiments.cli import UserError
+from fqt_jax.gradients import OneDraw
 from fqt_jax.models import MODELS
 from fqt_jax.optimizers import OptimizerConfig
 from fqt_jax.recipe import (
@@ -37,7 +38,7 @@ class RunConfig:
     """A ResNet's stem; auto: imagenet for images of 96 pixels and more."""
 
     recipe: str = "fqt1"
-    """Recipe: full_precision, qat, psq1 or fqt1. The next eight change parts of it."""
+    """Recipe: full_precision, qat, psq1 or fqt1. The next nine change parts of it."""
     bits: int | None = None
     """Bits of a gradient code, 1 to 8."""
     keep: float | None = None
@@ -54,6 +55,8 @@ class RunConfig:
     """The weights' scale."""
     clip: bool | None = None
     """Whether the straight-through gradient is zero outside [-1, 1]."""
+    one_draw: bool = False
+    """Prune once for the whole network, at the loss, in place of once in each layer."""
 
     optimizer: str = "adam"
     """adam, sgd, or any Optax optimizer that takes a learning rate."""
@@ -96,6 +99,9 @@ class RunConfig:
     resume: pathlib.Path | None = None
     """Continue the run in this folder, with the options it was started with."""
 
+    NOT_COMPILED: ClassVar[tuple[str, ...]] = ("seed", "learning_rate", "head_learning_rate")
+    """Options that are values in a training step, not constants of its program."""
+
     def __post_init__(self) -> None:
         if self.model not in MODELS:
             raise UserError(f"unknown model {self.model!r}; known models: {', '.join(MODELS)}.")
@@ -130,6 +136,24 @@ class RunConfig:
             changes["gradient"] = dataclasses.replace(recipe.gradient, **of_gradient)
         return dataclasses.replace(recipe, **changes)
 
+    def build_one_draw(self) -> OneDraw | None:
+        """The draw for the whole network, of the fraction that the recipe keeps; None without."""
+        if not self.one_draw:
+            return None
+        gradient = self.build_recipe().gradient
+        if gradient is None or gradient.keep_fraction == 1:
+            raise UserError(f"the recipe {self.recipe!r} prunes nothing: one_draw cannot be set.")
+        return OneDraw(keep=gradient.keep_fraction)
+
+    @property
+    def variant(self) -> str:
+        """The recipe's name with the parts that were changed, such as ``fqt1:bits=2``."""
+        changes = _given(self, RECIPE_PARTS)
+        if not self.one_draw:
+            changes.pop("one_draw")
+        text = ",".join(f"{name}={value}" for name, value in changes.items())
+        return f"{self.recipe}:{text}" if text else self.recipe
+
     def build_optimizer(self) -> OptimizerConfig:
         """The optimizer's configuration."""
         return OptimizerConfig(
@@ -141,6 +165,14 @@ class RunConfig:
             schedule=self.schedule,
         )
 
+    def compiled(self) -> tuple[Any, ...]:
+        """What, with the model's structure, decides the compiled steps: equal for runs that can
+        share them.
+        """
+        rest, head = self.build_optimizer().rates()
+        options = {k: v for k, v in self.to_json().items() if k not in self.NOT_COMPILED}
+        return (rest == head, json.dumps(options, sort_keys=True))
+
     def to_json(self) -> dict[str, Any]:
         """The options as JSON values, without those that say where the run is kept."""
         values = dataclasses.asdict(self)
@@ -149,11 +181,33 @@ class RunConfig:
         return {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in values.items()}
 
 
+RECIPE_PARTS = (
+    "bits",
+    "keep",
+    "sampler",
+    "importance",
+    "groups",
+    "prune",
+    "scale",
+    "clip",
+    "one_draw",
+)
+"""The options that change parts of a recipe."""
+
+
 def _given(config: RunConfig, names: tuple[str, ...]) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
 
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
+
+_PATHS = ("data_dir", "checkpoint", "cache")
+
+
+def config_from_json(config_type: type[ConfigT], values: dict[str, Any]) -> ConfigT:
+    """The options that :meth:`RunConfig.to_json` wrote."""
+    paths = {name: pathlib.Path(values[name]) for name in _PATHS if values.get(name) is not None}
+    return config_type(**{**values, **paths})
 
 
 def read_config(given: ConfigT, folder: pathlib.Path) -> ConfigT:
@@ -169,11 +223,7 @@ def read_config(given: ConfigT, folder: pathlib.Path) -> ConfigT:
     """
     path = folder / "config.json"
     try:
-        values = json.loads(path.read_text())
-        for name in ("data_dir", "checkpoint", "cache"):
-            if values.get(name) is not None:
-                values[name] = pathlib.Path(values[name])
-        saved = type(given)(**values)
+        saved = config_from_json(type(given), json.loads(path.read_text()))
     except FileNotFoundError:
         raise UserError(f"{folder} is not a run: it has no config.json.") from None
     except (ValueError, TypeError, AttributeError) as error:

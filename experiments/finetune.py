@@ -12,12 +12,14 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+from typing import ClassVar
 
 from experiments import cli, reporting, runner
 from experiments.config import RunConfig, read_config
 from experiments.data import Dataset
 from experiments.pretrain import PretrainConfig
 from fqt_jax.checkpoints import latest_checkpoint
+from fqt_jax.recipe import QAT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +32,19 @@ class FinetuneConfig(RunConfig):
     """Start from random values."""
     pretrain_epochs: int = 8
     """Epochs of pretraining on mnist5k where no checkpoint is given."""
+    pretrain_seed: int | None = None
+    """Seed of that pretraining; the default is the run's own."""
     cache: pathlib.Path = pathlib.Path("runs/pretrained")
     """Where such pretrained models are kept."""
+
+    NOT_COMPILED: ClassVar[tuple[str, ...]] = (
+        *RunConfig.NOT_COMPILED,
+        "checkpoint",
+        "from_scratch",
+        "pretrain_epochs",
+        "pretrain_seed",
+        "cache",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,14 +60,21 @@ def main(config: FinetuneConfig) -> None:
     if folder is not None:
         config = read_config(config, folder)
     dataset = runner.load_dataset(config)
-    resumable = folder is not None and latest_checkpoint(folder / "checkpoints") is not None
-    start = None if resumable else starting_point(config, dataset)
-    task = runner.build_task(config, dataset, start)
+    task = build_task(config, dataset, folder)
     folder = folder or runner.new_folder(config, "finetune")
     runner.write_config(config, folder)
     print(task.table)
     summary = runner.train(config, task, folder, "finetune")
     reporting.print_summary(summary, folder)
+
+
+def build_task(
+    config: FinetuneConfig, dataset: Dataset, folder: pathlib.Path | None
+) -> runner.Task:
+    """Builds the model, at its starting point unless the run in ``folder`` is to be continued."""
+    resumable = folder is not None and latest_checkpoint(folder / "checkpoints") is not None
+    start = None if resumable else starting_point(config, dataset)
+    return runner.build_task(config, dataset, start)
 
 
 def starting_point(config: FinetuneConfig, dataset: Dataset) -> pathlib.Path | None:
@@ -71,19 +91,28 @@ def starting_point(config: FinetuneConfig, dataset: Dataset) -> pathlib.Path | N
     return _pretrained(config, dataset)
 
 
-def _pretrained(config: FinetuneConfig, dataset: Dataset) -> pathlib.Path:
-    """A model pretrained on mnist5k, from the cache or made now; a broken-off one is continued."""
-    options = PretrainConfig(
+def pretraining(config: FinetuneConfig, image_size: int) -> PretrainConfig:
+    """The pretraining on mnist5k that a fine-tuning starts from.
+
+    Its forward pass is that of the fine-tuning; how gradients are quantized makes no difference.
+    """
+    recipe = config.build_recipe()
+    return PretrainConfig(
         model=config.model,
         width=config.width,
         stem=config.stem,
-        scale=config.scale,
-        clip=config.clip,
+        scale=None if recipe.scale == QAT.scale else recipe.scale,
+        clip=None if recipe.clip == QAT.clip else recipe.clip,
         epochs=config.pretrain_epochs,
-        image_size=dataset.image_size[0],
-        seed=config.seed,
+        image_size=image_size,
+        seed=config.seed if config.pretrain_seed is None else config.pretrain_seed,
         implementation=config.implementation,
     )
+
+
+def _pretrained(config: FinetuneConfig, dataset: Dataset) -> pathlib.Path:
+    """A model pretrained on mnist5k, from the cache or made now; a broken-off one is continued."""
+    options = pretraining(config, dataset.image_size[0])
     digest = hashlib.sha256(json.dumps(options.to_json(), sort_keys=True).encode()).hexdigest()
     folder = config.cache / f"{config.model}-mnist5k-{digest[:12]}"
     if (folder / "summary.json").exists():

@@ -86,8 +86,9 @@ class _Rate:
 
 def print_summary(summary: dict[str, Any], folder: pathlib.Path) -> None:
     """Prints what a run came to."""
-    rows = {name: summary[name] for name in ("dataset", "model", "recipe", "optimizer", "start")}
-    rows["epochs"] = summary["epochs"]
+    rows = {name: summary[name] for name in ("dataset", "model")}
+    rows["recipe"] = summary["variant"]
+    rows |= {name: summary[name] for name in ("optimizer", "start", "epochs")}
     rows["parameters"] = f"{summary['parameters']:,}"
     rows["validation accuracy"] = f"{summary['validation_accuracy']:.2%}"
     rows["test accuracy"] = f"{summary['test_accuracy']:.2%} of {summary['test_images']} images"
@@ -121,7 +122,7 @@ def plot_curves(
         )
         figure.suptitle(
             f"{summary['dataset']}, {summary['model']} x{summary['width']:g}, "
-            f"{summary['recipe']}, {summary['optimizer']}, seed {summary['seed']}",
+            f"{summary['variant']}, {summary['optimizer']}, seed {summary['seed']}",
             fontsize=10,
         )
     for axes in (loss, accuracy):

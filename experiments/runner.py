@@ -10,17 +10,19 @@ import json
 import math
 import pathlib
 import shutil
-import signal
+import statistics
 import time
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
 from experiments import reporting
-from experiments.cli import Interrupted, UserError
+from experiments.cli import Interrupted, StopOnSignal, UserError
 from experiments.config import RunConfig
 from experiments.data import Dataset, Split, epoch_order, load
 from experiments.data.augment import augment, normalize
@@ -46,6 +48,10 @@ _IN_FLIGHT = 4
 """Steps dispatched ahead of the device, so that it never waits, nor the user after Ctrl-C."""
 
 Data = tuple[jax.Array, jax.Array]
+
+
+class Diverged(UserError):
+    """The loss is not a number any more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +130,27 @@ def new_folder(config: RunConfig, kind: str) -> pathlib.Path:
     return folder
 
 
-def train(config: RunConfig, task: Task, folder: pathlib.Path, kind: str) -> dict[str, Any]:
+class Steps(NamedTuple):
+    """An optimizer with its compiled steps: the same for runs that differ in seed or rates."""
+
+    optimizer: optax.GradientTransformation
+    train: Callable[..., Any]
+    evaluate: Callable[..., Metrics]
+
+
+SharedSteps = dict[Hashable, Steps]
+"""What was compiled so far, by all that decides it. Most of a short run is compilation."""
+
+
+def train(
+    config: RunConfig,
+    task: Task,
+    folder: pathlib.Path,
+    kind: str,
+    *,
+    shared: SharedSteps | None = None,
+    save_seconds: float = 0,
+) -> dict[str, Any]:
     """Trains, from the start or from the folder's last checkpoint, to the end.
 
     Writes to the folder after each epoch: a line of ``metrics.jsonl``, a checkpoint, and the
@@ -136,20 +162,47 @@ def train(config: RunConfig, task: Task, folder: pathlib.Path, kind: str) -> dic
       task: the data and the model.
       folder: the run's folder; it exists.
       kind: name of the experiment, for messages.
+      shared: the steps that other runs of this process compiled; this run's are added.
+      save_seconds: least time between checkpoints; 0 for one each epoch.
 
     Returns:
       The summary.
 
     Raises:
       Interrupted: a signal stopped the run; its state is saved.
-      UserError: the loss is not a number any more.
+      Diverged: the loss is not a number any more.
+      UserError: there are fewer images than one batch.
     """
-    return _Run(config, task, folder, kind).go()
+    return _Run(config, task, folder, kind, {} if shared is None else shared, save_seconds).go()
+
+
+def _steps(config: RunConfig, task: Task, graphdef: Any, total_steps: int) -> Steps:
+    dataset = task.dataset
+    optimizer = config.build_optimizer().build(nnx.state(task.model, nnx.Param), total_steps)
+    prepare = functools.partial(normalize, mean=dataset.mean, std=dataset.std)
+    flip, pad = _augmentation(config, dataset)
+    train_step = make_train_step(
+        graphdef,
+        optimizer,
+        smoothing=config.label_smoothing,
+        preprocess=lambda x, key: prepare(augment(x, key, flip=flip, pad=pad)),
+        one_draw=config.build_one_draw(),
+    )
+    return Steps(optimizer, train_step, make_eval_step(graphdef, preprocess=prepare))
 
 
 class _Run:
-    def __init__(self, config: RunConfig, task: Task, folder: pathlib.Path, kind: str):
+    def __init__(
+        self,
+        config: RunConfig,
+        task: Task,
+        folder: pathlib.Path,
+        kind: str,
+        shared: SharedSteps,
+        save_seconds: float,
+    ):
         self.config, self.task, self.folder, self.kind = config, task, folder, kind
+        self.save_seconds = save_seconds
         dataset = task.dataset
         if config.batch_size > len(dataset.train):
             raise UserError(
@@ -158,21 +211,19 @@ class _Run:
             )
         self.steps_per_epoch = len(dataset.train) // config.batch_size
         self.total_steps = self.steps_per_epoch * config.epochs
-        params = nnx.state(task.model, nnx.Param)
-        optimizer = config.build_optimizer().build(params, self.total_steps)
-        graphdef, self.state = create_state(task.model, optimizer)
-        prepare = functools.partial(normalize, mean=dataset.mean, std=dataset.std)
-        flip, pad = _augmentation(config, dataset)
-        self.train_step = make_train_step(
-            graphdef,
-            optimizer,
-            smoothing=config.label_smoothing,
-            preprocess=lambda x, key: prepare(augment(x, key, flip=flip, pad=pad)),
-        )
-        self.eval_step = make_eval_step(graphdef, preprocess=prepare)
+        graphdef = nnx.graphdef(task.model)
+        program = (graphdef, config.compiled())
+        if program not in shared:
+            shared[program] = _steps(config, task, graphdef, self.total_steps)
+        self.steps = shared[program]
+        _, state = create_state(task.model, self.steps.optimizer)
+        opt_state = config.build_optimizer().set_rates(state.opt_state)
+        self.state = dataclasses.replace(state, opt_state=opt_state)
         self.key = jax.random.key(config.seed)
         self.start = task.start
         self.history: list[dict[str, Any]] = []
+        self.step_seconds: list[float] = []
+        self.saved_at = time.perf_counter()
 
     def go(self) -> dict[str, Any]:
         summary_path = self.folder / "summary.json"
@@ -185,11 +236,12 @@ class _Run:
         train_data = _on_device(dataset.train)
         validation_data = _on_device(dataset.validation)
         began = time.perf_counter()
-        with _StopOnSignal() as stop, reporting.Progress(self.total_steps) as progress:
+        with StopOnSignal() as stop, reporting.Progress(self.total_steps) as progress:
             for epoch in range(int(self.state.step) // self.steps_per_epoch, self.config.epochs):
                 self._train_epoch(epoch, train_data, stop, progress)
                 self._end_epoch(epoch, validation_data, progress)
                 if stop.requested and epoch + 1 < self.config.epochs:
+                    self._save()
                     raise Interrupted(self._how_to_resume())
         test = self._evaluate(_on_device(dataset.test))
         summary = self._summary(test, time.perf_counter() - began)
@@ -198,28 +250,38 @@ class _Run:
         return summary
 
     def _train_epoch(
-        self, epoch: int, data: Data, stop: _StopOnSignal, progress: reporting.Progress
+        self, epoch: int, data: Data, stop: StopOnSignal, progress: reporting.Progress
     ) -> None:
         order = epoch_order(
             len(self.task.dataset.train), self.config.batch_size, self.config.seed, epoch
         )
         in_flight: collections.deque[jax.Array] = collections.deque()
+        finished: list[float] = []
+
+        def wait() -> float:
+            loss = float(in_flight.popleft())
+            finished.append(time.perf_counter())
+            return loss
+
         first = int(self.state.step) % self.steps_per_epoch
         for i in range(first, self.steps_per_epoch):
-            self.state, loss = self.train_step(self.state, *data, jnp.asarray(order[i]), self.key)
+            self.state, loss = self.steps.train(self.state, *data, jnp.asarray(order[i]), self.key)
             in_flight.append(loss)
             done = epoch * self.steps_per_epoch + i + 1
             if len(in_flight) > _IN_FLIGHT:
                 # The loss of a step long dispatched: the device is not kept waiting for it.
-                progress.step(done, epoch, float(in_flight.popleft()), self.config.batch_size)
+                progress.step(done, epoch, wait(), self.config.batch_size)
             if stop.requested and i + 1 < self.steps_per_epoch:
                 self._save()
                 raise Interrupted(self._how_to_resume())
+        while in_flight:
+            wait()
+        self.step_seconds += np.diff(finished).tolist()
 
     def _end_epoch(self, epoch: int, validation: Data, progress: reporting.Progress) -> None:
         trained = self.state.metrics.means()
         if not math.isfinite(trained["loss"]):
-            raise UserError(
+            raise Diverged(
                 f"the loss became {trained['loss']} in epoch {epoch + 1}: lower the learning "
                 f"rate. The run's last good state is in {self.folder / 'checkpoints'}."
             )
@@ -234,10 +296,11 @@ class _Run:
         }
         self.history.append(line)
         self.state = reset_metrics(self.state)
-        self._save()
         text = "".join(json.dumps(entry) + "\n" for entry in self.history)
         _write(self.folder / "metrics.jsonl", text)
-        reporting.plot_curves(self.history, None, self.folder / "curves.png")
+        if time.perf_counter() - self.saved_at >= self.save_seconds:
+            self._save()
+            reporting.plot_curves(self.history, None, self.folder / "curves.png")
         progress.epoch(line, self.config.epochs)
 
     def _evaluate(self, data: Data) -> dict[str, float]:
@@ -246,11 +309,12 @@ class _Run:
         for start in range(0, n, batch):
             indices = np.arange(start, start + batch, dtype=np.int32)
             indices[indices >= n] = -1
-            metrics = self.eval_step(self.state, metrics, *data, jnp.asarray(indices))
+            metrics = self.steps.evaluate(self.state, metrics, *data, jnp.asarray(indices))
         return metrics.means()
 
     def _save(self) -> None:
         """Saves the state, then drops all checkpoints before it."""
+        self.saved_at = time.perf_counter()
         folder = self.folder / "checkpoints"
         path = folder / f"step_{int(self.state.step):08d}"
         if not path.exists():
@@ -286,47 +350,36 @@ class _Run:
 
     def _summary(self, test: dict[str, float], seconds: float) -> dict[str, Any]:
         last = self.history[-1]
+        gradient = self.config.build_recipe().gradient
         return {
             "experiment": self.kind,
             "dataset": self.config.dataset,
             "model": self.config.model,
             "width": self.config.width,
             "recipe": self.config.recipe,
+            "variant": self.config.variant,
+            "gradient_bits": 32 if gradient is None else gradient.bits_per_entry,
             "optimizer": self.config.optimizer,
+            "learning_rate": self.config.build_optimizer().rates()[0],
             "seed": self.config.seed,
             "start": self.start,
             "epochs": self.config.epochs,
             "steps": self.total_steps,
             "parameters": sum(x.size for x in jax.tree.leaves(self.state.params)),
             "train_loss": last["train_loss"],
+            "validation_loss": last["validation_loss"],
             "validation_accuracy": last["validation_accuracy"],
             "test_loss": test["loss"],
             "test_accuracy": test["accuracy"],
             "test_images": len(self.task.dataset.test),
+            "step_ms": _median_ms(self.step_seconds),
             "seconds": round(seconds, 1),
         }
 
 
-class _StopOnSignal:
-    """Turns the first SIGINT or SIGTERM into a request to stop after the step in hand."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: dict[int, Any] = {}
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def __enter__(self) -> _StopOnSignal:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+def _median_ms(seconds: list[float]) -> float | None:
+    """Median in milliseconds; None of nothing, in runs of one step an epoch."""
+    return round(1000 * statistics.median(seconds), 3) if seconds else None
 
 
 def _augmentation(config: RunConfig, dataset: Dataset) -> tuple[bool, int]:

@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from fqt_jax.tree import leaf_name
@@ -78,31 +79,64 @@ class OptimizerConfig:
     def build(self, params: Any, total_steps: int) -> optax.GradientTransformation:
         """The Optax optimizer for ``params`` over ``total_steps`` steps.
 
+        The rates are values in the optimizer's state, not constants in the compiled step, so one
+        compiled step serves every rate; see :meth:`set_rates`.
+
         Raises:
           ValueError: no parameter's path matches ``head`` although its rate differs.
         """
         rest, head = self.rates()
+        whole = self._transform({"learning_rate": rest}, total_steps)
         if rest == head:
-            return self._transform(rest, total_steps)
+            return whole
         labels = jax.tree_util.tree_map_with_path(
             lambda path, _: "head" if re.fullmatch(self.head, leaf_name(path)) else "rest", params
         )
         if "head" not in jax.tree.leaves(labels):
             raise ValueError(f"no parameter's path matches the head's pattern {self.head!r}.")
-        transforms = {
-            "rest": self._transform(rest, total_steps),
-            "head": self._transform(head, total_steps),
-        }
-        return optax.partition(transforms, labels)
+        of_head = self._transform({"head_learning_rate": head}, total_steps)
+        return optax.partition({"rest": whole, "head": of_head}, labels)
 
-    def _transform(self, rate: float, total_steps: int) -> optax.GradientTransformation:
-        schedule: Any = rate
-        if self.schedule == "cosine":
-            schedule = optax.cosine_decay_schedule(rate, max(1, total_steps))
-        if self.name == "sgd":
-            optimizer = optax.sgd(schedule, momentum=self.momentum or None)
-        else:
-            optimizer = getattr(optax, self.name)(schedule)
+    def set_rates(self, opt_state: Any) -> Any:
+        """The state with the rates of this configuration in place of those it was built with.
+
+        Args:
+          opt_state: state of an optimizer of :meth:`build`, of a configuration that differs from
+            this one in its rates alone.
+
+        Raises:
+          KeyError: the head has a rate of its own here and none there.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> params = {"w": jnp.ones(2)}
+          >>> optimizer = OptimizerConfig("sgd", 1.0, momentum=0, weight_decay=0).build(params, 9)
+          >>> state = OptimizerConfig("sgd", 0.5).set_rates(optimizer.init(params))
+          >>> optimizer.update(params, state, params)[0]
+          {'w': Array([-0.5, -0.5], dtype=float32)}
+        """
+        rest, head = self.rates()
+        rates = {"learning_rate": jnp.float32(rest)}
+        if rest != head:
+            rates["head_learning_rate"] = jnp.float32(head)
+        return optax.tree.set(opt_state, **rates)
+
+    def _transform(self, rates: dict[str, float], total_steps: int) -> optax.GradientTransformation:
+        """The optimizer of some parameters; ``rates`` has its rate, by its name in the state."""
+
+        def build(learning_rate: Any) -> optax.GradientTransformation:
+            schedule = learning_rate
+            if self.schedule == "cosine":
+                schedule = optax.cosine_decay_schedule(learning_rate, max(1, total_steps))
+            if self.name == "sgd":
+                return optax.sgd(schedule, momentum=self.momentum or None)
+            return getattr(optax, self.name)(schedule)
+
+        def build_head(head_learning_rate: Any) -> optax.GradientTransformation:
+            return build(head_learning_rate)
+
+        factory = build if "learning_rate" in rates else build_head
+        optimizer = optax.inject_hyperparams(factory)(**rates)
         if self.weight_decay == 0:
             return optimizer
         return optax.chain(optax.add_decayed_weights(self.weight_decay), optimizer)

@@ -1,0 +1,302 @@
+"""Sweeps: groups of training runs, each in a process of its own, resumable and failing alone.
+
+A group is what shares compiled steps: one data set, model, recipe and optimizer, with its seeds and
+the learning rates to choose from. Compilation takes longer than the steps of a short run, and a
+rate or a seed is a value in the compiled step, so a process for each group compiles once for all
+its cells, and what breaks a process breaks no other group.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import pathlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from experiments.cli import UserError
+from experiments.config import config_from_json
+from experiments.finetune import FinetuneConfig
+from experiments.specs import Axis, Spec, parse
+from fqt_jax.kernels import check_implementation
+
+_EXTENSIONS = 2
+"""How often a grid of rates grows where its best rate lies on its edge."""
+
+RATES = {"sgd": (1e-2, 3e-2, 1e-1)}
+"""Learning rates to choose from, by optimizer."""
+OTHER_RATES = (3e-4, 1e-3, 3e-3)
+"""Learning rates to choose from, for all other optimizers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepConfig:
+    """What all sweeps share."""
+
+    models: tuple[str, ...] = ("vgg_small:width=1", "resnet18:width=0.25")
+    """Models, as NAME[:OPTION=VALUE,...] with the options width, stem and checkpoint."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of initialization, order, augmentation and rounding; all share one pretraining."""
+    jobs: int = 1
+    """Processes at a time; with more than one, the times of steps mean nothing."""
+    implementation: str | None = None
+    """The kernels' implementation; the default is the best that serves."""
+    cache: pathlib.Path = pathlib.Path("runs/pretrained")
+    """Where pretrained models are kept."""
+
+    def __post_init__(self) -> None:
+        check_implementation(self.implementation)
+        if not self.models:
+            raise UserError("models must name one at least.")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise UserError("seeds must be distinct, and one at least.")
+        if self.jobs < 1:
+            raise UserError(f"jobs must be at least 1; got {self.jobs}.")
+
+    def group(self, points: dict[Axis, Spec], rates: Sequence[float] = ()) -> Group:
+        """The group at a point of each axis.
+
+        Raises:
+          UserError, ValueError: options are out of range or contradict each other.
+        """
+        options: dict[str, Any] = {}
+        for spec in points.values():
+            options |= spec.options
+        base = FinetuneConfig(
+            **{"pretrain_seed": 0, **options},
+            implementation=self.implementation,
+            cache=self.cache,
+        )
+        labels: dict[str, str] = {axis: spec.label for axis, spec in points.items()}
+        return Group(labels, base, tuple(self.seeds), tuple(sorted(set(rates))))
+
+
+def parse_all(axis: Axis, texts: Sequence[str]) -> list[Spec]:
+    """Reads the points of an axis.
+
+    Raises:
+      UserError: there is none, two have one label, or one is wrong; see :func:`parse`.
+    """
+    specs = [parse(axis, text) for text in texts]
+    labels = [spec.label for spec in specs]
+    if not specs or len(set(labels)) < len(labels):
+        raise UserError(f"give at least one {axis}, and each once; got {', '.join(labels)}.")
+    return specs
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run: a name that follows from its options alone, and the options."""
+
+    name: str
+    config: FinetuneConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Runs that share their compiled steps.
+
+    Args:
+      labels: how tables call the group's point on each axis.
+      base: the options of its runs.
+      seeds: of the runs that count.
+      rates: learning rates, of which the first seed's run with the best validation accuracy
+        chooses; with none, the rate is that of ``base``.
+
+    Raises:
+      UserError, ValueError: options are out of range or contradict each other.
+    """
+
+    labels: dict[str, str]
+    base: FinetuneConfig
+    seeds: tuple[int, ...]
+    rates: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.base.build_recipe()
+        self.base.build_one_draw()
+        self.base.build_optimizer()
+        for seed in self.seeds:
+            self.cell(seed)
+        if any(not 0 < rate < math.inf for rate in self.rates):
+            raise UserError(f"rates must be positive numbers; got {self.rates}.")
+
+    @property
+    def name(self) -> str:
+        """The group's labels, for messages."""
+        return ", ".join(self.labels.values())
+
+    def cell(self, seed: int, rate: float | None = None) -> Cell:
+        """The run of a seed, at a rate or at that of the options."""
+        config = dataclasses.replace(self.base, seed=seed)
+        if rate is not None:
+            config = dataclasses.replace(config, learning_rate=rate, head_learning_rate=None)
+        values = {k: v for k, v in config.to_json().items() if k not in ("cache", "data_dir")}
+        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
+        lr = config.build_optimizer().rates()[0]
+        text = f"{config.dataset}-{config.model}-{config.variant}-{config.optimizer}-{lr:g}"
+        return Cell(f"{re.sub(r'[^A-Za-z0-9.-]+', '_', text)}-seed{seed}-{digest}", config)
+
+    def to_json(self) -> dict[str, Any]:
+        """The group as JSON values."""
+        return {**dataclasses.asdict(self), "base": self.base.to_json()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Group:
+        """The group that :meth:`to_json` wrote."""
+        base = config_from_json(FinetuneConfig, values["base"])
+        return cls(values["labels"], base, tuple(values["seeds"]), tuple(values["rates"]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """The folder of a sweep, in which each cell has one of its own."""
+
+    root: pathlib.Path
+
+    def folder(self, cell: Cell) -> pathlib.Path:
+        """Where a cell's run is kept."""
+        return self.root / "cells" / cell.name
+
+    def summary(self, cell: Cell) -> dict[str, Any] | None:
+        """What a finished run came to."""
+        return _read(self.folder(cell) / "summary.json")
+
+    def history(self, cell: Cell) -> list[dict[str, Any]]:
+        """The epochs of a run that was started."""
+        text = (self.folder(cell) / "metrics.jsonl").read_text()
+        return [json.loads(line) for line in text.splitlines()]
+
+    def failure(self, cell: Cell) -> dict[str, Any] | None:
+        """Why a run failed: ``error``, and whether it ``diverged``, which it would do again."""
+        return _read(self.folder(cell) / "failure.json")
+
+    def fail(self, cell: Cell, error: str, *, diverged: bool = False) -> None:
+        """Notes that a run failed."""
+        self.folder(cell).mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"error": " ".join(error.split()), "diverged": diverged})
+        (self.folder(cell) / "failure.json").write_text(text + "\n")
+
+    def settled(self, cell: Cell) -> bool:
+        """Whether running the cell again could change nothing."""
+        failure = self.failure(cell)
+        return self.summary(cell) is not None or (failure is not None and failure["diverged"])
+
+
+def _read(path: pathlib.Path) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise UserError(f"{path} is damaged: remove its folder to run that cell again.") from None
+
+
+def plan(group: Group, store: Store) -> Iterator[Cell]:
+    """The cells of a group, in the order in which they have to run.
+
+    Which come later depends on the results of those before: first the grid of rates on the first
+    seed; then, as long as the best rate lies on the edge of the grid, a rate beyond it; then all
+    seeds at the best rate. Cells may come twice.
+    """
+    rate = None
+    if group.rates:
+        for rate in group.rates:
+            yield group.cell(group.seeds[0], rate)
+        rates = list(group.rates)
+        for _ in range(_EXTENSIONS):
+            more = _beyond(rates, best_rate(group, rates, store))
+            if more is None:
+                break
+            rates = sorted([*rates, more])
+            yield group.cell(group.seeds[0], more)
+        rate = best_rate(group, rates, store)
+        if rate is None:
+            return
+    for seed in group.seeds:
+        yield group.cell(seed, rate)
+
+
+def best_rate(group: Group, rates: Sequence[float], store: Store) -> float | None:
+    """The rate of the highest validation accuracy, then of the least validation loss.
+
+    None where every run failed.
+    """
+    found = []
+    for rate in rates:
+        summary = store.summary(group.cell(group.seeds[0], rate))
+        if summary is not None:
+            found.append((summary["validation_accuracy"], -summary["validation_loss"], rate))
+    return max(found)[2] if found else None
+
+
+def _beyond(rates: Sequence[float], best: float | None) -> float | None:
+    """The next rate, where the best one is the least or the greatest; two digits of it."""
+    if len(rates) < 2 or best not in (rates[0], rates[-1]):
+        return None
+    factor = rates[0] / rates[1] if best == rates[0] else rates[-1] / rates[-2]
+    return float(f"{best * factor:.1e}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What became of a group.
+
+    Attributes:
+      group: the group.
+      rate: the learning rate that was chosen; None where there was no choice.
+      tried: validation accuracy by rate; None for a run that failed.
+      summaries: of the finished runs at that rate, by seed.
+      histories: their epochs.
+      failures: what went wrong, by the cell's name.
+    """
+
+    group: Group
+    rate: float | None
+    tried: dict[float, float | None]
+    summaries: dict[int, dict[str, Any]]
+    histories: dict[int, list[dict[str, Any]]]
+    failures: dict[str, str]
+
+    def values(self, name: str) -> list[float]:
+        """A number of the summaries, seed by seed, where it was measured."""
+        found = (summary[name] for summary in self.summaries.values())
+        return [float(value) for value in found if value is not None]
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as JSON values, without the histories, which are in the cells' folders."""
+        values = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in ("group", "histories")
+        }
+        return {**self.group.to_json(), **values}
+
+
+def collect(group: Group, store: Store) -> Result:
+    """Reads what became of a group from its folders."""
+    cells = {cell.name: cell for cell in plan(group, store)}
+    tried: dict[float, float | None] = {}
+    if group.rates:
+        for cell in cells.values():
+            rate = cell.config.learning_rate
+            if cell.config.seed == group.seeds[0] and rate is not None:
+                summary = store.summary(cell)
+                tried[rate] = summary["validation_accuracy"] if summary else None
+    chosen = best_rate(group, sorted(tried), store)
+    none_left = bool(group.rates) and chosen is None
+    final = {} if none_left else {seed: group.cell(seed, chosen) for seed in group.seeds}
+    summaries = {seed: summary for seed, cell in final.items() if (summary := store.summary(cell))}
+    failures = {}
+    for cell in cells.values():
+        if store.summary(cell) is None:
+            failure = store.failure(cell)
+            if failure and failure["diverged"] and cell not in final.values() and final:
+                continue  # a rate of the grid that is too high is no failure
+            failures[cell.name] = failure["error"] if failure else "did not run"
+    histories = {seed: store.history(final[seed]) for seed in summaries}
+    tried = {rate: tried[rate] for rate in sorted(tried)}
+    return Result(group, chosen, tried, summaries, histories, failures)

@@ -1,0 +1,147 @@
+"""Runs a sweep: a process for each group, a few at a time, and goes on where one fails."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from experiments.cli import INTERRUPTED, Interrupted
+from experiments.sweep import Group, Result, Store, collect, plan
+
+
+def run_groups(groups: Sequence[Group], root: pathlib.Path, jobs: int) -> list[Result]:
+    """Runs what is not settled yet of some groups, and collects the results of all.
+
+    Cells of an earlier sweep in the same folder are found by their options and not run again,
+    unless they failed for another reason than divergence.
+
+    Args:
+      groups: the groups; equal ones run once.
+      root: folder of the sweep; made where there is none.
+      jobs: processes at a time.
+
+    Returns:
+      A result for each group, whether it failed or not.
+
+    Raises:
+      Interrupted: a signal stopped the sweep; the same command continues it.
+      OSError: the folder cannot be written.
+    """
+    store = Store(root)
+    (root / "logs").mkdir(parents=True, exist_ok=True)
+    distinct = {json.dumps(group.to_json() | {"labels": None}): group for group in groups}
+    sweep = _Sweep(store, len(distinct))
+    with _sigterm_as_ctrl_c(), ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(sweep.run, group) for group in distinct.values()]
+        try:
+            for future in futures:
+                future.result()
+        except KeyboardInterrupt:
+            for future in futures:
+                future.cancel()
+            sweep.stop()
+            raise Interrupted(f"stopped; the same command continues the sweep in {root}.") from None
+    return [collect(group, store) for group in groups]
+
+
+class _Sweep:
+    def __init__(self, store: Store, groups: int):
+        self._store, self._groups, self._begun = store, groups, 0
+        self._processes: set[subprocess.Popen[str]] = set()
+        self._lock, self._stopped = threading.Lock(), False
+
+    def run(self, group: Group) -> None:
+        """Runs a group; where a cell takes its process down, the others go on in a new one."""
+        with self._lock:
+            self._begun += 1
+            number = self._begun
+        if all(self._store.settled(cell) for cell in plan(group, self._store)):
+            self._say(f"[{number}/{self._groups}] {group.name}: complete already")
+            return
+        self._say(f"[{number}/{self._groups}] {group.name}")
+        skip: list[str] = []
+        while True:
+            in_hand, status = self._process(group, skip)
+            if status in (0, INTERRUPTED) or self._stopped:
+                return
+            log = self._log(group)
+            ended = f"by signal {-status}: out of memory?" if status < 0 else f"with {status}"
+            error = f"its process ended {ended} (see {log})"
+            cells = {cell.name: cell for cell in plan(group, self._store)}
+            for cell in [cells[in_hand]] if in_hand else cells.values():
+                if not self._store.settled(cell):
+                    self._store.fail(cell, error)
+                    self._say(f"  {group.name}: {cell.name} FAILED: {error}")
+            if in_hand is None:
+                return
+            skip.append(in_hand)
+
+    def stop(self) -> None:
+        """Asks the processes to save and end."""
+        with self._lock:
+            self._stopped = True
+            for process in self._processes:
+                process.send_signal(signal.SIGTERM)
+
+    def _process(self, group: Group, skip: list[str]) -> tuple[str | None, int]:
+        """Runs a group's process: the cell it had in hand at its end, and its exit status."""
+        request = {"group": group.to_json(), "root": str(self._store.root), "skip": skip}
+        in_hand = None
+        with tempfile.TemporaryDirectory() as folder, self._log(group).open("a") as log:
+            path = pathlib.Path(folder, "request.json")
+            path.write_text(json.dumps(request))
+            with self._lock:
+                if self._stopped:
+                    return None, INTERRUPTED
+                # In a session of its own: Ctrl-C reaches this process, which passes it on once.
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "experiments.sweep_worker", str(path)],
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                    start_new_session=True,
+                )
+                self._processes.add(process)
+            with process:
+                for line in process.stdout or ():
+                    report: dict[str, Any] = json.loads(line)
+                    in_hand = report.get("begin")
+                    self._say_report(group, report)
+            with self._lock:
+                self._processes.discard(process)
+        return in_hand, process.returncode
+
+    def _log(self, group: Group) -> pathlib.Path:
+        return self._store.root / "logs" / f"{group.cell(group.seeds[0]).name}.log"
+
+    def _say_report(self, group: Group, report: dict[str, Any]) -> None:
+        if "error" in report:
+            self._say(f"  {group.name}: {report['end']} FAILED: {report['error']}")
+        elif "summary" in report:
+            s = report["summary"]
+            self._say(
+                f"  {group.name}: rate {s['learning_rate']:g}, seed {s['seed']}: "
+                f"validation accuracy {s['validation_accuracy']:.1%} ({s['seconds']:.0f} s)"
+            )
+
+    def _say(self, line: str) -> None:
+        with self._lock:
+            print(line, flush=True)
+
+
+@contextlib.contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,169 @@
+"""The main table: data sets by models by recipes, with deviations over seeds.
+
+    python -m experiments.tables --preset embedded --jobs 2
+
+Its closing rows are the mean over the tasks, the gain over one bit with nothing pruned (the paper:
+about 6 points) and the loss to quantization-aware training. The command again continues a sweep
+that was stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import pathlib
+from statistics import fmean
+from typing import Literal
+
+from experiments import cli
+from experiments.specs import Spec, parse
+from experiments.sweep import Result, SweepConfig, parse_all
+from experiments.sweep_run import run_groups
+from experiments.sweep_tables import Estimate, Table, accuracy, differences, publish
+
+_RECIPES = (
+    "qat",
+    "psq1",
+    "fqt1",
+    "shared norm=fqt1:prune=shared,importance=norm",
+    "one draw=fqt1:one_draw",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """Axes of a table."""
+
+    datasets: tuple[str, ...]
+    models: tuple[str, ...]
+
+
+PRESETS = {
+    "embedded": Preset(
+        datasets=(
+            "mnist5k to digits=digits:epochs=10,batch_size=64,learning_rate=1e-3",
+            "mnist5k from scratch=mnist5k:from_scratch,epochs=8,learning_rate=2e-3",
+        ),
+        models=("vgg_small:width=1", "resnet18:width=0.25"),
+    ),
+    "paper": Preset(
+        datasets=(
+            "cifar10",
+            "cifar100",
+            "oxford_flowers102",
+            "oxford_iiit_pet",
+            "cars196",
+            "caltech_birds2011",
+        ),
+        models=("vgg16:width=1", "resnet18:width=1"),
+    ),
+}
+"""``embedded`` needs no download; ``paper`` is the paper's, at its rates and number of epochs, from
+a checkpoint of each model, such as ``--models vgg16:width=1,checkpoint=runs/NAME``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TablesConfig(SweepConfig):
+    """What the table holds. What is given replaces that part of the preset."""
+
+    preset: Literal["embedded", "paper"] = "embedded"
+    """Data sets and models; the paper's are read as prepared by tensorflow-datasets."""
+    datasets: tuple[str, ...] = ()
+    """Data sets, as [LABEL=]NAME[:OPTION=VALUE,...], with options such as epochs, limit,
+    from_scratch and data_dir."""
+    models: tuple[str, ...] = ()
+    """Models, as NAME[:OPTION=VALUE,...] with the options width, stem and checkpoint."""
+    recipes: tuple[str, ...] = _RECIPES
+    """Recipes, as [LABEL=]NAME[:OPTION=VALUE,...]."""
+    optimizer: str = "adam"
+    """Optimizer, with the options weight_decay, momentum and schedule."""
+    low: str = "psq1"
+    """The recipe, by its label, over which the gain is counted."""
+    high: str = "qat"
+    """The recipe, by its label, from which the loss is counted."""
+    out: pathlib.Path | None = None
+    """Folder of the sweep, by default runs/tables-PRESET; what it holds is not run again."""
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            object.__setattr__(self, "models", PRESETS[self.preset].models)
+        super().__post_init__()
+
+
+def main(config: TablesConfig) -> None:
+    """Runs the experiment."""
+    datasets = parse_all("dataset", config.datasets or PRESETS[config.preset].datasets)
+    models = parse_all("model", config.models)
+    recipes = parse_all("recipe", config.recipes)
+    optimizer = parse("optimizer", config.optimizer)
+    points = list(itertools.product(datasets, models, recipes))
+    groups = [
+        config.group({"dataset": dataset, "model": model, "recipe": recipe, "optimizer": optimizer})
+        for dataset, model, recipe in points
+    ]
+    root = config.out or pathlib.Path("runs") / f"tables-{config.preset}"
+    found = run_groups(groups, root, config.jobs)
+    results = {
+        (dataset.label, model.label, recipe.label): result
+        for (dataset, model, recipe), result in zip(points, found, strict=True)
+    }
+    table = _table(config, datasets, models, recipes, results)
+    publish(root, dataclasses.asdict(config), found, [table])
+
+
+Results = dict[tuple[str, str, str], Result]
+
+
+def _table(
+    config: TablesConfig,
+    datasets: list[Spec],
+    models: list[Spec],
+    recipes: list[Spec],
+    results: Results,
+) -> Table:
+    n = len(config.seeds)
+    names = [recipe.label for recipe in recipes]
+    tasks = [(d.label, m.label) for d in datasets for m in models]
+    rows = [
+        [dataset, model, *(accuracy(results[dataset, model, name]).text(n) for name in names)]
+        for dataset, model in tasks
+    ]
+    complete = [task for task in tasks if all(results[*task, name].summaries for name in names)]
+    means = [
+        Estimate.of([accuracy(results[*task, name]).mean for task in complete]).mean
+        for name in names
+    ]
+    rows.append(["mean", "", *(f"{mean:.1f}" if complete else "-" for mean in means)])
+    for title, baseline, sign in (
+        (f"gain over {config.low}", config.low, 1),
+        (f"loss to {config.high}", config.high, -1),
+    ):
+        if baseline in names:
+            gains = {k: mean_gain(results, complete, k, baseline, sign) for k in names}
+            cells = ["" if name == baseline else str(gain) for name, gain in gains.items()]
+            rows.append([title, "", *cells])
+    notes = ["Gains and losses are points, means over the rows, with their deviation over seeds."]
+    if len(complete) < len(tasks):
+        notes.append("The closing rows leave out what not every recipe finished.")
+    return Table(
+        f"Test accuracy, %, mean ± deviation over {n} seeds; {config.optimizer}",
+        ["data set", "model", *names],
+        rows,
+        notes,
+    )
+
+
+def mean_gain(
+    results: Results, tasks: list[tuple[str, str]], name: str, baseline: str, sign: int = 1
+) -> Estimate:
+    """Points of a recipe over another, averaged over the tasks, with the deviation over seeds.
+
+    Only seeds count that both recipes finished on every task.
+    """
+    gains = [differences(results[*task, name], results[*task, baseline]) for task in tasks]
+    seeds = set(gains[0]).intersection(*gains) if gains else set()
+    return Estimate.of([sign * fmean(gain[seed] for gain in gains) for seed in sorted(seeds)])
+
+
+if __name__ == "__main__":
+    cli.run(main, TablesConfig)

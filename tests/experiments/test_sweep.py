@@ -1,0 +1,243 @@
+"""The machinery of sweeps without training: summaries are written by hand."""
+
+import dataclasses
+import json
+import pathlib
+
+import pytest
+
+from experiments.cli import UserError
+from experiments.finetune import FinetuneConfig
+from experiments.specs import parse
+from experiments.sweep import Group, Store, SweepConfig, best_rate, collect, parse_all, plan
+from experiments.sweep_plots import pareto_front, plot_curves, plot_pareto
+from experiments.sweep_tables import Table, accuracy, differences
+from experiments.tables import mean_gain
+
+
+def group(rates=(), seeds=(0, 1), **options) -> Group:
+    return Group({"recipe": "fqt1"}, FinetuneConfig(**options), tuple(seeds), tuple(rates))
+
+
+def finish(store: Store, cell, *, validation=0.5, test=0.5, loss=1.0) -> None:
+    folder = store.folder(cell)
+    folder.mkdir(parents=True)
+    summary = {
+        "seed": cell.config.seed,
+        "validation_accuracy": validation,
+        "validation_loss": loss,
+        "test_accuracy": test,
+        "gradient_bits": 1.0,
+        "step_ms": 2.0,
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    lines = [{"epoch": e, "train_loss": 1.0 / e, "validation_accuracy": 0.1 * e} for e in (1, 2)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def run(group: Group, store: Store, quality) -> list[tuple[float | None, int]]:
+    """Walks the plan as the worker does; ``quality`` of a rate is None where the run diverges."""
+    ran = []
+    for cell in plan(group, store):
+        if store.settled(cell):
+            continue
+        rate = cell.config.learning_rate
+        value = quality(rate)
+        ran.append((rate, cell.config.seed))
+        if value is None:
+            store.fail(cell, "the loss became nan", diverged=True)
+        else:
+            finish(store, cell, validation=value)
+    return ran
+
+
+def test_a_grid_is_tried_on_the_first_seed_then_all_seeds_run_at_its_best(tmp_path):
+    store, cells = Store(tmp_path), group(rates=(0.1, 0.2, 0.4), seeds=(5, 6))
+    ran = run(cells, store, lambda rate: 1 - abs(rate - 0.2))
+    assert ran == [(0.1, 5), (0.2, 5), (0.4, 5), (0.2, 6)]
+    result = collect(cells, store)
+    assert result.rate == 0.2
+    assert result.tried == {0.1: 0.9, 0.2: 1.0, 0.4: 0.8}
+    assert list(result.summaries) == [5, 6]
+    assert result.failures == {}
+
+
+@pytest.mark.parametrize(
+    ("peak", "tried"),
+    [
+        (0.8, [0.1, 0.2, 0.4, 0.8, 1.6]),
+        (100.0, [0.1, 0.2, 0.4, 0.8, 1.6]),
+        (0.05, [0.1, 0.2, 0.4, 0.05, 0.025]),
+    ],
+)
+def test_a_grid_grows_while_its_best_rate_lies_on_its_edge(tmp_path, peak, tried):
+    store, cells = Store(tmp_path), group(rates=(0.1, 0.2, 0.4), seeds=(0,))
+    ran = run(cells, store, lambda rate: -abs(rate - peak))
+    assert [rate for rate, _ in ran] == tried
+
+
+def test_rates_that_diverge_are_never_chosen_and_are_no_failures(tmp_path):
+    store, cells = Store(tmp_path), group(rates=(0.1, 1.0), seeds=(0, 1))
+    run(cells, store, lambda rate: None if rate >= 1 else 1 - abs(rate - 0.1))
+    result = collect(cells, store)
+    assert result.rate == 0.1
+    assert result.tried == {0.01: 0.91, 0.1: 1.0, 1.0: None}
+    assert result.failures == {}
+
+
+def test_where_all_rates_diverge_there_is_no_result_but_a_reason(tmp_path):
+    store, cells = Store(tmp_path), group(rates=(0.1, 1.0), seeds=(0, 1))
+    assert run(cells, store, lambda rate: None) == [(0.1, 0), (1.0, 0)]
+    result = collect(cells, store)
+    assert (result.rate, result.summaries) == (None, {})
+    assert set(result.failures.values()) == {"the loss became nan"}
+    assert len(result.failures) == 2
+
+
+def test_equal_accuracies_are_told_apart_by_the_loss(tmp_path):
+    store, cells = Store(tmp_path), group(rates=(0.1, 0.2))
+    for rate, loss in ((0.1, 0.3), (0.2, 0.4)):
+        finish(store, cells.cell(0, rate), loss=loss)
+    assert best_rate(cells, (0.1, 0.2), store) == 0.1
+
+
+def test_a_cells_name_follows_from_its_options_alone():
+    base = group()
+    name = base.cell(0).name
+    assert name == Group({"recipe": "other label"}, base.base, (0, 7)).cell(0).name
+    assert name == group(cache=pathlib.Path("elsewhere"), data_dir=pathlib.Path("x")).cell(0).name
+    others = [group(bits=2).cell(0), base.cell(1), base.cell(0, 0.5), group(epochs=3).cell(0)]
+    assert len({name, *(cell.name for cell in others)}) == 5
+    assert base.cell(0, 0.5).config.build_optimizer().rates() == (0.5, 0.5)
+
+
+def test_a_group_survives_a_round_trip_through_json():
+    first = group(rates=(0.1,), checkpoint=pathlib.Path("a"), one_draw=True)
+    assert Group.from_json(json.loads(json.dumps(first.to_json()))) == first
+
+
+def test_failures_are_tried_again_unless_they_diverged(tmp_path):
+    store, cell = Store(tmp_path), group().cell(0)
+    assert not store.settled(cell)
+    store.fail(cell, "disk\nfull")
+    assert not store.settled(cell)
+    assert collect(group(), store).failures[cell.name] == "disk full"
+    store.fail(cell, "nan", diverged=True)
+    assert store.settled(cell)
+
+
+def test_a_damaged_summary_is_named(tmp_path):
+    store, cell = Store(tmp_path), group().cell(0)
+    finish(store, cell)
+    (store.folder(cell) / "summary.json").write_text("{")
+    with pytest.raises(UserError, match=r"summary\.json is damaged: remove its folder"):
+        collect(group(), store)
+
+
+def results(tmp_path, *accuracies):
+    """One result for each list of test accuracies."""
+    found = []
+    for i, values in enumerate(accuracies):
+        store, own = Store(tmp_path / str(i)), group(seeds=range(len(values)))
+        for seed, value in enumerate(values):
+            if value is not None:
+                finish(store, own.cell(seed), test=value)
+        found.append(collect(own, store))
+    return found
+
+
+def test_means_and_deviations_over_seeds(tmp_path):
+    high, low = results(tmp_path, [0.9, 0.8, 0.7], [0.5, None, 0.6])
+    assert str(accuracy(high)) == "80.0 ± 10.0"
+    assert accuracy(low).text(3) == "55.0 ± 7.1 (n = 2)"
+    assert accuracy(results(tmp_path / "x", [None])[0]).text(3) == "-"
+    assert differences(high, low) == pytest.approx({0: 40.0, 2: 10.0})
+
+
+def test_gains_are_means_over_tasks_with_deviations_over_seeds(tmp_path):
+    a, a0, b, b0 = results(tmp_path, [0.9, 0.8], [0.5, 0.6], [0.7, 0.9], [0.6, 0.5])
+    found = {
+        ("a", "m", "new"): a,
+        ("a", "m", "old"): a0,
+        ("b", "m", "new"): b,
+        ("b", "m", "old"): b0,
+    }
+    gain = mean_gain(found, [("a", "m"), ("b", "m")], "new", "old")
+    assert gain.mean == pytest.approx((25 + 30) / 2)  # seeds: (40 + 10) / 2 and (20 + 40) / 2
+    assert gain.deviation == pytest.approx(abs(25 - 30) / 2**0.5)
+    assert mean_gain(found, [("a", "m")], "old", "new", -1).mean == pytest.approx(30)
+    assert mean_gain(found, [], "new", "old").n == 0
+
+
+def test_markdown_escapes_what_would_end_a_cell():
+    text = Table("t", ["a|b"], [["1|2"]], ["note"]).to_markdown()
+    assert text == "**t**\n\n| a\\|b |\n|---|\n| 1\\|2 |\n\nnote\n"
+
+
+def test_the_front_has_what_nothing_beats():
+    assert pareto_front([]) == []
+    assert pareto_front([(2, 5), (2, 6), (1, 6), (3, 7)]) == [(1, 6), (3, 7)]
+
+
+def test_pictures_are_drawn_with_missing_results_too(tmp_path):
+    good, part, none = results(tmp_path, [0.9, 0.8], [0.5, None], [None, None])
+    named = [("good", good), ("part", part), ("none", none)]
+    plot_curves([("left", named), ("right", named[:1])], "title", tmp_path / "a.png")
+    plot_pareto(named, "title", tmp_path / "b.png")
+    for path in (tmp_path / "a.png", tmp_path / "b.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"models": ()}, "models must name one"),
+        ({"seeds": ()}, "seeds must be distinct"),
+        ({"seeds": (1, 1)}, "seeds must be distinct"),
+        ({"jobs": 0}, "jobs must be at least 1"),
+        ({"implementation": "cuda"}, "unknown implementation 'cuda'"),
+    ],
+)
+def test_bad_options_of_sweeps_are_named(options, message):
+    with pytest.raises((UserError, ValueError), match=message):
+        SweepConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "rates", "message"),
+    [
+        ("fqt2", (), "unknown recipe 'fqt2'"),
+        ("fqt1:bits=9", (), "bits must be an integer from 1 to 8"),
+        ("qat:bits=2", (), "does not quantize gradients: bits"),
+        ("psq1:one_draw", (), "'psq1' prunes nothing: one_draw cannot be set"),
+        ("fqt1:groups=sample", (), "set prune='shared'"),
+        ("fqt1", (0.0,), "rates must be positive"),
+        ("fqt1", (float("nan"),), "rates must be positive"),
+    ],
+)
+def test_bad_groups_are_refused_before_anything_runs(recipe, rates, message):
+    points = {"dataset": parse("dataset", "digits"), "recipe": parse("recipe", recipe)}
+    with pytest.raises((UserError, ValueError), match=message):
+        SweepConfig().group(points, rates)
+
+
+def test_groups_share_one_pretraining_over_seeds():
+    made = SweepConfig(seeds=(3, 4)).group({"recipe": parse("recipe", "fqt1")})
+    assert {made.cell(seed).config.pretrain_seed for seed in made.seeds} == {0}
+
+
+def test_an_axis_has_each_point_once():
+    with pytest.raises(UserError, match="each once; got qat, qat"):
+        parse_all("recipe", ["qat", "qat"])
+    with pytest.raises(UserError, match="at least one recipe"):
+        parse_all("recipe", [])
+
+
+def test_runs_that_differ_in_values_alone_share_their_steps():
+    base = FinetuneConfig(learning_rate=0.1)
+    same = {"seed": 4, "learning_rate": 0.5, "from_scratch": True, "pretrain_seed": 3}
+    for name, value in same.items():
+        assert dataclasses.replace(base, **{name: value}).compiled() == base.compiled(), name
+    other = {"head_learning_rate": 0.5, "bits": 2, "epochs": 7, "one_draw": True, "momentum": 0.5}
+    for name, value in other.items():
+        assert dataclasses.replace(base, **{name: value}).compiled() != base.compiled(), name
