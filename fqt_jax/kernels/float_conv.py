@@ -2,9 +2,10 @@
 
 Measured on two AVX2 cores, in G multiply-adds/s: XLA's convolution does 27 to 67 forward and back
 to the input on images of 4x4 and larger, but below 1 on 2x2, where im2col with one dot does 37 to
-50, and 8 on 3x3 windows of an image of three channels, where that does 12. Its weight gradient does 2 on 32x32x64; one dot for each tap of the window does 12 to 50
-everywhere, and im2col is best where there are few input channels. Elsewhere than on the CPU,
-XLA's own convolution is used throughout.
+50, and 8 on 3x3 windows of an image of three channels, where that does 12. Its weight gradient
+does 2 on 32x32x64; one dot for each tap of the window does 12 to 50 everywhere, and im2col is best
+where there are few input channels. Elsewhere than on the CPU, XLA's own convolution is used
+throughout.
 """
 
 from __future__ import annotations
