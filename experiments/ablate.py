@@ -18,7 +18,7 @@ from experiments.specs import Spec, parse
 from experiments.sweep import Result, SweepConfig, parse_all
 from experiments.sweep_plots import plot_pareto
 from experiments.sweep_run import run_groups
-from experiments.sweep_tables import Estimate, Table, accuracy, publish
+from experiments.sweep_tables import Table, accuracy, cost, publish
 
 STUDIES: dict[str, tuple[str, ...]] = {
     "baselines": ("qat", "psq1", "fqt1"),
@@ -55,8 +55,8 @@ class AblateConfig(SweepConfig):
 
     models: tuple[str, ...] = ("vgg_small:width=1",)
     """Models, as NAME[:OPTION=VALUE,...] with the options width, stem and checkpoint."""
-    task: str = "digits:epochs=10,batch_size=64,learning_rate=1e-3"
-    """Data set, as NAME[:OPTION=VALUE,...] with options such as epochs, limit, from_scratch."""
+    task: str = "mnist5k to digits=digits:epochs=10,batch_size=64,learning_rate=1e-3"
+    """Data set, as [LABEL=]NAME[:OPTION=VALUE,...], with options such as epochs or limit."""
     optimizer: str = "adam"
     """Optimizer, with the options weight_decay, momentum and schedule."""
     studies: tuple[str, ...] = tuple(STUDIES)
@@ -115,21 +115,15 @@ def _table(
     for study, specs in studies.items():
         for i, spec in enumerate(specs):
             result = results[model.label, spec.label]
-            bits = Estimate.of(result.values("gradient_bits"))
             row = [study if i == 0 else "", spec.label, accuracy(result).text(n)]
-            rows.append([*row, f"{bits.mean:g}" if bits.n else "-", _step_ms(result)])
+            costs = cost(result, "gradient_bits"), cost(result, "step_ms")
+            rows.append(row + ["-" if value is None else f"{value:.3g}" for value in costs])
     return Table(
         f"{title}: test accuracy, mean ± deviation over {n} seeds, and cost",
         ["study", "recipe", "accuracy, %", "bits an entry", "ms a step"],
         rows,
         ["Times were taken beside other processes."] if config.jobs > 1 else [],
     )
-
-
-def _step_ms(result: Result) -> str:
-    """The least of the seeds' medians: what disturbs a step only ever lengthens it."""
-    values = result.values("step_ms")
-    return f"{min(values):.1f}" if values else "-"
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ from experiments.sweep_tables import Estimate, Table, accuracy, differences, pub
 class CompareConfig(SweepConfig):
     """What is compared. An option after a name changes that run: fqt1:bits=2,keep=1."""
 
-    task: str = "digits:epochs=10,batch_size=64"
-    """Data set, as NAME[:OPTION=VALUE,...] with options such as epochs, limit, from_scratch."""
+    task: str = "mnist5k to digits=digits:epochs=10,batch_size=64"
+    """Data set, as [LABEL=]NAME[:OPTION=VALUE,...], with options such as epochs or limit."""
     recipes: tuple[str, ...] = ("qat", "psq1", "fqt1", "fqt1:prune=shared,importance=norm")
     """Recipes, as [LABEL=]NAME[:OPTION=VALUE,...]."""
     optimizers: tuple[str, ...] = ("adam", "sgd")

@@ -19,6 +19,7 @@ from typing import Any
 
 from experiments.cli import UserError
 from experiments.config import config_from_json
+from experiments.data import DATASETS, embedded
 from experiments.finetune import FinetuneConfig
 from experiments.specs import Axis, Spec, parse
 from fqt_jax.kernels import check_implementation
@@ -70,6 +71,13 @@ class SweepConfig:
             implementation=self.implementation,
             cache=self.cache,
         )
+        if base.dataset not in DATASETS:
+            raise UserError(f"unknown data set {base.dataset!r}; known: {', '.join(DATASETS)}.")
+        if base.dataset not in embedded.NAMES and not (base.checkpoint or base.from_scratch):
+            raise UserError(
+                f"{base.dataset} needs a start: add checkpoint=FOLDER to the model, or "
+                "from_scratch to the data set."
+            )
         labels: dict[str, str] = {axis: spec.label for axis, spec in points.items()}
         return Group(labels, base, tuple(self.seeds), tuple(sorted(set(rates))))
 

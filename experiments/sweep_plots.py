@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pathlib
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from experiments.sweep import Result
-from experiments.sweep_tables import accuracy
+from experiments.sweep_tables import accuracy, cost
 
 _COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")
 """Paul Tol's bright scheme: told apart by colour-blind readers and in print."""
@@ -35,7 +36,7 @@ def plot_curves(
         for (label, result), color in zip(results, _cycle(len(results)), strict=True):
             _bands(axes[0, column], result, "train_loss", 1, _legend(label, result), color)
             _bands(axes[1, column], result, "validation_accuracy", 100, None, color)
-        axes[0, column].set_title(name, fontsize=9)
+        axes[0, column].set_title(textwrap.fill(name, 34), fontsize=9)
         axes[1, column].set_xlabel("epoch")
         axes[0, column].legend(fontsize=7)
         axes[1, column].xaxis.get_major_locator().set_params(integer=True)
@@ -43,7 +44,7 @@ def plot_curves(
     axes[1, 0].set_ylabel("validation accuracy (%)")
     for each in axes.flat:
         each.grid(alpha=0.3)
-    figure.suptitle(f"{title}: mean, least and greatest over seeds", fontsize=10)
+    figure.suptitle(_wrapped(f"{title}: mean, least and greatest over seeds", figure), fontsize=10)
     figure.savefig(path, dpi=130)
 
 
@@ -84,12 +85,11 @@ def plot_pareto(points: Sequence[tuple[str, Result]], title: str, path: pathlib.
     for axes, name in zip(panels, ("gradient_bits", "step_ms"), strict=True):
         placed = []
         for number, ((label, result), color) in enumerate(zip(found, colors, strict=True), 1):
-            values = result.values(name)
-            if not values:
+            x, own = cost(result, name), accuracy(result)
+            if x is None:
                 continue
-            cost, own = float(np.median(values)), accuracy(result)
             axes.errorbar(
-                cost,
+                x,
                 own.mean,
                 yerr=own.deviation if own.n > 1 else None,
                 fmt="o",
@@ -99,11 +99,13 @@ def plot_pareto(points: Sequence[tuple[str, Result]], title: str, path: pathlib.
                 label=f"{number} {label} (n = {own.n})",
             )
             axes.annotate(
-                f"{number}", (cost, own.mean), xytext=(4, 3), textcoords="offset points", fontsize=7
+                f"{number}", (x, own.mean), xytext=(4, 3), textcoords="offset points", fontsize=7
             )
-            placed.append((cost, own.mean))
+            placed.append((x, own.mean))
         front = pareto_front(placed)
-        axes.plot(*zip(*front, strict=True), color="black", linewidth=0.8, zorder=0)
+        axes.plot(
+            [x for x, _ in front], [y for _, y in front], color="black", linewidth=0.8, zorder=0
+        )
         axes.grid(alpha=0.3)
     panels[0].set_xscale("log", base=2)
     panels[0].xaxis.set_major_formatter("{x:g}")
@@ -111,7 +113,7 @@ def plot_pareto(points: Sequence[tuple[str, Result]], title: str, path: pathlib.
     panels[1].set_xlabel("training step, median (ms)")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=6.5)
-    figure.suptitle(f"{title}: mean ± standard deviation over seeds", fontsize=10)
+    figure.suptitle(_wrapped(f"{title}: mean ± standard deviation over seeds", figure), fontsize=10)
     figure.savefig(path, dpi=130)
 
 
@@ -126,10 +128,15 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
       [(1, 95), (4, 97)]
     """
     front: list[tuple[float, float]] = []
-    for cost, worth in sorted(points, key=lambda point: (point[0], -point[1])):
+    for x, worth in sorted(points, key=lambda point: (point[0], -point[1])):
         if not front or worth > front[-1][1]:
-            front.append((cost, worth))
+            front.append((x, worth))
     return front
+
+
+def _wrapped(text: str, figure: Any) -> str:
+    """The text in lines that fit the figure's width at 10 points."""
+    return textwrap.fill(text, int(11 * figure.get_size_inches()[0]))
 
 
 def _cycle(n: int) -> list[str]:

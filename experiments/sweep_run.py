@@ -53,6 +53,9 @@ def run_groups(groups: Sequence[Group], root: pathlib.Path, jobs: int) -> list[R
     return [collect(group, store) for group in groups]
 
 
+_WORKER = (sys.executable, "-m", "experiments.sweep_worker")
+
+
 class _Sweep:
     def __init__(self, store: Store, groups: int):
         self._store, self._groups, self._begun = store, groups, 0
@@ -65,12 +68,12 @@ class _Sweep:
             self._begun += 1
             number = self._begun
         if all(self._store.settled(cell) for cell in plan(group, self._store)):
-            self._say(f"[{number}/{self._groups}] {group.name}: complete already")
+            self._say(f"{number}/{self._groups} {group.name}: complete already")
             return
-        self._say(f"[{number}/{self._groups}] {group.name}")
+        self._say(f"{number}/{self._groups} {group.name}")
         skip: list[str] = []
         while True:
-            in_hand, status = self._process(group, skip)
+            in_hand, status = self._process(group, skip, number)
             if status in (0, INTERRUPTED) or self._stopped:
                 return
             log = self._log(group)
@@ -80,7 +83,7 @@ class _Sweep:
             for cell in [cells[in_hand]] if in_hand else cells.values():
                 if not self._store.settled(cell):
                     self._store.fail(cell, error)
-                    self._say(f"  {group.name}: {cell.name} FAILED: {error}")
+                    self._say(f"{number}/{self._groups}   failed: {error}")
             if in_hand is None:
                 return
             skip.append(in_hand)
@@ -92,7 +95,7 @@ class _Sweep:
             for process in self._processes:
                 process.send_signal(signal.SIGTERM)
 
-    def _process(self, group: Group, skip: list[str]) -> tuple[str | None, int]:
+    def _process(self, group: Group, skip: list[str], number: int) -> tuple[str | None, int]:
         """Runs a group's process: the cell it had in hand at its end, and its exit status."""
         request = {"group": group.to_json(), "root": str(self._store.root), "skip": skip}
         in_hand = None
@@ -104,7 +107,7 @@ class _Sweep:
                     return None, INTERRUPTED
                 # In a session of its own: Ctrl-C reaches this process, which passes it on once.
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "experiments.sweep_worker", str(path)],
+                    [*_WORKER, str(path)],
                     stdout=subprocess.PIPE,
                     stderr=log,
                     text=True,
@@ -115,7 +118,8 @@ class _Sweep:
                 for line in process.stdout or ():
                     report: dict[str, Any] = json.loads(line)
                     in_hand = report.get("begin")
-                    self._say_report(group, report)
+                    if line := _describe(report):
+                        self._say(f"{number}/{self._groups}   {line}")
             with self._lock:
                 self._processes.discard(process)
         return in_hand, process.returncode
@@ -123,19 +127,22 @@ class _Sweep:
     def _log(self, group: Group) -> pathlib.Path:
         return self._store.root / "logs" / f"{group.cell(group.seeds[0]).name}.log"
 
-    def _say_report(self, group: Group, report: dict[str, Any]) -> None:
-        if "error" in report:
-            self._say(f"  {group.name}: {report['end']} FAILED: {report['error']}")
-        elif "summary" in report:
-            s = report["summary"]
-            self._say(
-                f"  {group.name}: rate {s['learning_rate']:g}, seed {s['seed']}: "
-                f"validation accuracy {s['validation_accuracy']:.1%} ({s['seconds']:.0f} s)"
-            )
-
     def _say(self, line: str) -> None:
         with self._lock:
             print(line, flush=True)
+
+
+def _describe(report: dict[str, Any]) -> str:
+    """A report of a worker as text; empty where a cell only begins."""
+    if "error" in report:
+        return f"{'diverged' if report['diverged'] else 'failed'}: {report['error']}"
+    if "summary" not in report:
+        return ""
+    s = report["summary"]
+    return (
+        f"rate {s['learning_rate']:g}, seed {s['seed']}: validation accuracy "
+        f"{s['validation_accuracy']:.1%} ({s['seconds']:.0f} s)"
+    )
 
 
 @contextlib.contextmanager

@@ -52,6 +52,14 @@ def accuracy(result: Result) -> Estimate:
     return Estimate.of([100 * value for value in result.values("test_accuracy")])
 
 
+def cost(result: Result, name: str) -> float | None:
+    """A cost of a run, ``gradient_bits`` or ``step_ms``; None where it was not measured.
+
+    Of the seeds' medians it is the least: what disturbs a step only ever lengthens it.
+    """
+    return min(result.values(name), default=None)
+
+
 def differences(result: Result, baseline: Result) -> dict[int, float]:
     """Test accuracy over that of a baseline in points, for each seed that both finished."""
     return {
@@ -95,11 +103,12 @@ class Table:
         """On the screen."""
         # Off a terminal nothing says how wide it may be; a table that wraps is hard to read.
         console = rich.console.Console(width=None if sys.stdout.isatty() else 160)
-        table = rich.table.Table(title=rich.markup.escape(self.title), title_justify="left")
+        table = rich.table.Table()
         for i, column in enumerate(self.columns):
             table.add_column(rich.markup.escape(column), justify="left" if i == 0 else "right")
         for row in self.rows:
             table.add_row(*(rich.markup.escape(cell) for cell in row))
+        console.print(f"\n{rich.markup.escape(self.title)}")
         console.print(table)
         for note in self.notes:
             console.print(rich.markup.escape(note))

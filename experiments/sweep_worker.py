@@ -52,8 +52,9 @@ def main(request: dict[str, Any], reports: TextIO) -> None:
             raise
         except Exception as error:
             traceback.print_exc()
-            report["error"] = f"{error}" or type(error).__name__
-            store.fail(cell, report["error"], diverged=isinstance(error, runner.Diverged))
+            report["error"] = " ".join(str(error).split()) or type(error).__name__
+            report["diverged"] = isinstance(error, runner.Diverged)
+            store.fail(cell, report["error"], diverged=report["diverged"])
         print(json.dumps(report), file=reports, flush=True)
 
 

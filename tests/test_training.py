@@ -171,6 +171,23 @@ def test_head_and_rest_move_at_their_own_rates_along_a_cosine():
     np.testing.assert_allclose(moved, [(1.0, 0.1), (0.5, 0.05), (0.0, 0.0)], atol=1e-7)
 
 
+@pytest.mark.parametrize("head", [None, 2.0])
+@pytest.mark.parametrize("name", ["adam", "sgd", "adamw", "lion"])
+def test_rates_set_in_the_state_are_those_of_an_optimizer_built_with_them(name, head):
+    params = {"head": {"kernel": jnp.ones(2)}, "stem": {"kernel": jnp.full(2, 2.0)}}
+    built_head = None if head is None else 7.0
+    built = OptimizerConfig(name=name, learning_rate=5.0, head_learning_rate=built_head)
+    config = OptimizerConfig(name=name, learning_rate=0.5, head_learning_rate=head)
+    optimizer, other = built.build(params, 4), config.build(params, 4)
+    state, expected = config.set_rates(optimizer.init(params)), other.init(params)
+    grads = jax.tree.map(lambda p: 0.25 * p, params)
+    for _ in range(2):
+        updates, state = optimizer.update(grads, state, params)
+        reference, expected = other.update(grads, expected, params)
+        assert equal(updates, reference)
+        assert float(jnp.abs(updates["stem"]["kernel"]).min()) > 0
+
+
 def test_weight_decay_is_added_to_the_gradient():
     params = {"head": jnp.full(1, 2.0)}
     config = OptimizerConfig(

@@ -221,6 +221,17 @@ def test_bad_groups_are_refused_before_anything_runs(recipe, rates, message):
         SweepConfig().group(points, rates)
 
 
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [("imagenet", "unknown data set 'imagenet'; known: mnist5k"), ("cifar10", "needs a start")],
+)
+def test_data_sets_are_checked_before_anything_runs(dataset, message):
+    with pytest.raises(UserError, match=message):
+        SweepConfig().group({"dataset": parse("dataset", dataset)})
+    if dataset == "cifar10":
+        SweepConfig().group({"dataset": parse("dataset", "cifar10:from_scratch")})
+
+
 def test_groups_share_one_pretraining_over_seeds():
     made = SweepConfig(seeds=(3, 4)).group({"recipe": parse("recipe", "fqt1")})
     assert {made.cell(seed).config.pretrain_seed for seed in made.seeds} == {0}

@@ -1,0 +1,199 @@
+"""Sweeps as they run: a worker in this process, and processes that stand in for workers."""
+
+import io
+import json
+import os
+import pathlib
+import signal
+import sys
+import threading
+
+import jax
+import pytest
+
+from experiments import cli, finetune, runner, sweep_run, sweep_worker
+from experiments.finetune import FinetuneConfig
+from experiments.sweep import Group, Store, collect
+from experiments.sweep_run import run_groups
+from experiments.tables import TablesConfig
+from experiments.tables import main as tables
+
+STAND_IN = """
+import json, os, pathlib, signal, sys, time
+request = json.loads(pathlib.Path(sys.argv[1]).read_text())
+script = json.loads(pathlib.Path("script.json").read_text())
+for name, action in script[json.dumps(request["group"]["base"], sort_keys=True)]:
+    folder = pathlib.Path(request["root"], "cells", name)
+    if name in request["skip"] or (folder / "summary.json").exists():
+        continue
+    print(json.dumps({"begin": name}), flush=True)
+    if action == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if action == "wait":
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
+        pathlib.Path("waiting").touch()
+        time.sleep(60)
+    summary = {"seed": 0, "learning_rate": 0.1, "validation_accuracy": 0.5, "seconds": 1.0}
+    summary |= {"validation_loss": 1.0, "test_accuracy": action, "gradient_bits": 1, "step_ms": 2}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "summary.json").write_text(json.dumps(summary))
+    line = {"epoch": 1, "train_loss": 1.0, "validation_accuracy": 0.5}
+    (folder / "metrics.jsonl").write_text(json.dumps(line))
+    print(json.dumps({"end": name, "summary": summary}), flush=True)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
+def act(tmp_path, monkeypatch):
+    """Makes workers do as they are told, cell by cell: an accuracy, "die" or "wait"."""
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    monkeypatch.setattr(sweep_run, "_WORKER", (sys.executable, str(tmp_path / "stand_in.py")))
+
+    script: dict[str, list] = {}
+
+    def add(group: Group, *actions) -> None:
+        cells = [group.cell(seed).name for seed in group.seeds]
+        key = json.dumps(group.base.to_json(), sort_keys=True)
+        script[key] = list(zip(cells, actions, strict=True))
+        (tmp_path / "script.json").write_text(json.dumps(script))
+
+    return add
+
+
+def group(**options) -> Group:
+    return Group({"recipe": "fqt1"}, FinetuneConfig(**options), (0, 1, 2))
+
+
+def test_a_cell_that_takes_its_process_down_leaves_the_others_running(act, capsys):
+    act(group(), 0.5, "die", 0.75)
+    (result,) = run_groups([group()], pathlib.Path("out"), 1)
+    assert result.values("test_accuracy") == [0.5, 0.75]
+    (error,) = result.failures.values()
+    assert error.startswith("its process ended by signal 9: out of memory? (see out/logs/")
+    assert "1/1   failed: its process ended by signal 9" in capsys.readouterr().out
+    act(group(), "die", 0.625, "die")  # what is done is not run again
+    (result,) = run_groups([group()], pathlib.Path("out"), 1)
+    assert result.values("test_accuracy") == [0.5, 0.625, 0.75]
+    run_groups([group()], pathlib.Path("out"), 1)
+    assert "complete already" in capsys.readouterr().out
+
+
+def test_a_worker_that_does_not_start_fails_its_group_alone(act, monkeypatch, tmp_path):
+    (tmp_path / "stand_in.py").write_text("raise SystemExit(3)")
+    (result,) = run_groups([group()], pathlib.Path("out"), 1)
+    assert result.summaries == {}
+    assert len(result.failures) == 3
+    assert all("ended with 3" in error for error in result.failures.values())
+
+
+def test_an_interrupted_sweep_stops_its_workers_and_goes_on_later(act):
+    act(group(), 0.5, "wait", 0.75)
+
+    def interrupt() -> None:
+        while not pathlib.Path("waiting").exists():
+            event.wait(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    event = threading.Event()
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(cli.Interrupted, match="the same command continues the sweep in out"):
+        run_groups([group()], pathlib.Path("out"), 2)
+    thread.join()
+    result = collect(group(), Store(pathlib.Path("out")))
+    assert result.values("test_accuracy") == [0.5]
+    assert set(result.failures.values()) == {"did not run"}
+
+
+def test_equal_groups_run_once_whatever_they_are_called(act, capsys):
+    act(group(), 0.5, 0.5, 0.5)
+    other = Group({"recipe": "another name"}, group().base, group().seeds)
+    results = run_groups([group(), other], pathlib.Path("out"), 1)
+    assert [len(result.summaries) for result in results] == [3, 3]
+    assert "2/2" not in capsys.readouterr().out
+
+
+def tiny(**changes) -> FinetuneConfig:
+    options = {
+        "model": "vgg_small",
+        "width": 0.125,
+        "image_size": 8,
+        "limit": 64,
+        "batch_size": 32,
+        "epochs": 1,
+        "learning_rate": 1e-2,
+        "from_scratch": True,
+        "recipe": "qat",
+    }
+    return FinetuneConfig(**{**options, **changes})
+
+
+def test_a_worker_compiles_once_and_its_runs_are_those_of_their_own(monkeypatch):
+    steps = []
+    original = runner.make_train_step
+
+    def recording(*args, **kwargs):
+        steps.append(original(*args, **kwargs))
+        return steps[-1]
+
+    monkeypatch.setattr(runner, "make_train_step", recording)
+    cells = Group({}, tiny(), (0, 1), (1e-3, 1e-2, 1e-1))
+    reports = io.StringIO()
+    sweep_worker.main({"group": cells.to_json(), "root": "out", "skip": []}, reports)
+    assert [step._cache_size() for step in steps] == [1]
+    result = collect(cells, Store(pathlib.Path("out")))
+    assert result.failures == {}
+    assert len(reports.getvalue().splitlines()) == 2 * (len(result.tried) + 1)
+    assert not list(pathlib.Path("out").glob("cells/*/checkpoints"))
+
+    alone = tiny(seed=1, learning_rate=result.rate, pretrain_seed=9, out=pathlib.Path("alone"))
+    finetune.main(alone)
+    summary = json.loads(pathlib.Path("alone/summary.json").read_text())
+    timed = {"seconds": 0, "step_ms": 0}
+    assert {**result.summaries[1], **timed} == {**summary, **timed}
+
+
+def test_a_worker_reports_a_failure_and_goes_on():
+    cells = Group({}, tiny(batch_size=10_000), (0, 1))
+    reports = io.StringIO()
+    sweep_worker.main({"group": cells.to_json(), "root": "out", "skip": []}, reports)
+    failures = collect(cells, Store(pathlib.Path("out"))).failures
+    assert len(failures) == 2
+    assert all("batch_size is 10000, but digits has only" in text for text in failures.values())
+    ends = [json.loads(line) for line in reports.getvalue().splitlines()][1::2]
+    assert [end["diverged"] for end in ends] == [False, False]
+
+
+def test_the_main_table_has_its_closing_rows_and_reports_what_failed(act, capsys):
+    config = TablesConfig(
+        datasets=("a=digits", "b=digits:epochs=3"),
+        models=("vgg_small",),
+        recipes=("psq1", "fqt1", "qat"),
+        seeds=(0,),
+        out=pathlib.Path("out"),
+    )
+    accuracies = {"a": (0.5, 0.75, 0.8125), "b": (0.25, 0.375, "die")}
+    for dataset, options in (("a", {}), ("b", {"epochs": 3})):
+        for recipe, value in zip(config.recipes, accuracies[dataset], strict=True):
+            base = FinetuneConfig(model="vgg_small", recipe=recipe, pretrain_seed=0, **options)
+            act(Group({}, base, (0,)), value)
+    with pytest.raises(SystemExit) as stop:
+        tables(config)
+    assert stop.value.code == 1
+    text = pathlib.Path("out/tables.md").read_text()
+    assert "| a | vgg_small | 50.0 | 75.0 | 81.2 |" in text
+    assert "| b | vgg_small | 25.0 | 37.5 | - |" in text
+    assert "| mean |  | 50.0 | 75.0 | 81.2 |" in text
+    assert "| gain over psq1 |  |  | 25.0 | 31.2 |" in text
+    assert "| loss to qat |  | 31.2 | 6.2 |  |" in text
+    assert "leave out what not every recipe finished" in text
+    report = json.loads(pathlib.Path("out/results.json").read_text())
+    assert len(report["groups"]) == 6
+    assert "failed: digits-vgg_small-qat" in capsys.readouterr().err
