@@ -112,8 +112,8 @@ class OptimizerConfig:
           >>> params = {"w": jnp.ones(2)}
           >>> optimizer = OptimizerConfig("sgd", 1.0, momentum=0, weight_decay=0).build(params, 9)
           >>> state = OptimizerConfig("sgd", 0.5).set_rates(optimizer.init(params))
-          >>> optimizer.update(params, state, params)[0]
-          {'w': Array([-0.5, -0.5], dtype=float32)}
+          >>> float(optax.tree.get(state, "learning_rate"))
+          0.5
         """
         rest, head = self.rates()
         rates = {"learning_rate": jnp.float32(rest)}
