@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fqt_jax.chain import max_pool
 from fqt_jax.models import MODELS, create_model
 from fqt_jax.models.common import avg_pool, scaled
+from fqt_jax.pooling import max_pool
 
 
 @pytest.fixture(autouse=True)

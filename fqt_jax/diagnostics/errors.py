@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fqt_jax.functional import roundings
+from fqt_jax.grouping import roundings
 from fqt_jax.kernels.contract import Rounding
 from fqt_jax.kernels.scaling import code_step, gradient_codes, per_sample
 from fqt_jax.pruning import Selection

@@ -116,6 +116,12 @@ def sum_dtype(n_terms: int) -> jnp.dtype:
     return jnp.dtype(jnp.int16 if n_terms <= 2**15 - 1 else jnp.int32)
 
 
+def check_int32_sums(terms: int, bits: int) -> None:
+    """Raises :class:`UnsupportedError` where a sum of codes may not fit ``int32``."""
+    if terms * ((1 << bits) - 1) >= 2**31:
+        raise UnsupportedError(f"sums over {terms} codes of {bits} bits exceed int32")
+
+
 def check_forward(x: PackedBits, w: PackedBits, window: Window) -> None:
     """Raises ``ValueError`` unless ``x`` and ``w`` are the operands of a convolution."""
     if len(x.shape) != 3 or len(w.shape) != 4:

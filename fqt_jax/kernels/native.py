@@ -17,7 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from fqt_jax.binarize import PackedBits
-from fqt_jax.kernels.contract import Pair, Rounding, UnsupportedError, Window, sum_dtype
+from fqt_jax.kernels.contract import (
+    Pair,
+    Rounding,
+    UnsupportedError,
+    Window,
+    check_int32_sums,
+    sum_dtype,
+)
 from fqt_jax.pruning import Selection
 from fqt_jax.sharding import vary, varying_axes
 
@@ -74,7 +81,7 @@ def input_grad(
     """See :func:`fqt_jax.kernels.input_grad`."""
     rounding = _rounding(rounding)
     _, _, c, o = w.shape
-    _check_sums(math.prod(window.size) * o, rounding.bits)
+    check_int32_sums(math.prod(window.size) * o, rounding.bits)
     n = rounding.lo.shape[0] if compact else g.shape[0]
     return call(
         "input_grad",
@@ -104,7 +111,7 @@ def weight_grad(
     h, width, c = x.shape
     n, out_h, out_w, o = g.shape
     samples = n if rounding.samples is None else rounding.samples.indices.shape[0]
-    _check_sums(samples * out_h * out_w, rounding.bits)
+    check_int32_sums(samples * out_h * out_w, rounding.bits)
     return call(
         "weight_grad",
         jax.ShapeDtypeStruct((*window.size, c, o), jnp.float32),
@@ -133,11 +140,6 @@ def _rounding(rounding: Rounding | None) -> Rounding:
     if rounding is None:
         raise UnsupportedError("float gradients are left to XLA")
     return rounding
-
-
-def _check_sums(terms: int, bits: int) -> None:
-    if terms * ((1 << bits) - 1) >= 2**31:
-        raise UnsupportedError(f"sums of {terms} codes of {bits} bits exceed int32")
 
 
 def _sizes(input_size: Pair, c: int, o: int, window: Window) -> np.ndarray:

@@ -23,7 +23,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from fqt_jax.binarize import PackedBits
-from fqt_jax.kernels.contract import Pair, Rounding, UnsupportedError, Window, sum_dtype
+from fqt_jax.kernels.contract import (
+    Pair,
+    Rounding,
+    UnsupportedError,
+    Window,
+    check_int32_sums,
+    sum_dtype,
+)
 from fqt_jax.kernels.scaling import (
     gradient_codes,
     input_sign_sums,
@@ -85,7 +92,7 @@ def input_grad(
     kh, kw, c, o = w.shape
     h, width = input_size
     bits = rounding.bits
-    _check_int32(kh * kw * o, bits)
+    check_int32_sums(kh * kw * o, bits)
     codes = gradient_codes(g, rounding)
     sign_sums = input_sign_sums(w, window, input_size)
     if codes.size == 0 or c == 0:
@@ -122,7 +129,7 @@ def weight_grad(
     (h, width, c), (kh, kw), bits = x.shape, window.size, rounding.bits
     codes = gradient_codes(g, rounding)
     kept = take(x, rounding.samples)
-    _check_int32(codes.shape[0] * codes.shape[1] * codes.shape[2], bits)
+    check_int32_sums(codes.shape[0] * codes.shape[1] * codes.shape[2], bits)
     sign_sums = weight_sign_sums(kept, rounding.samples, window)
     if codes.size == 0 or c == 0:
         sums = jnp.zeros((kh, kw, c, codes.shape[3]), jnp.int32)
@@ -239,8 +246,3 @@ def _weigh_planes(counts: jax.Array) -> jax.Array:
 def _block(entries: int) -> int:
     """How many samples of ``entries`` entries make a block."""
     return max(1, _BLOCK // entries)
-
-
-def _check_int32(terms: int, bits: int) -> None:
-    if terms * ((1 << bits) - 1) >= 2**31:
-        raise UnsupportedError(f"sums over {terms} codes of {bits} bits exceed int32")

@@ -22,7 +22,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from fqt_jax.binarize import PackedBits
-from fqt_jax.kernels.contract import Pair, Rounding, UnsupportedError, Window, sum_dtype
+from fqt_jax.kernels.contract import (
+    Pair,
+    Rounding,
+    UnsupportedError,
+    Window,
+    check_int32_sums,
+    sum_dtype,
+)
 from fqt_jax.kernels.packed import channel_bytes, pack_bytes, spread, tap_columns
 from fqt_jax.kernels.pallas_tiles import (
     Plan,
@@ -163,7 +170,7 @@ def input_grad(
     kh, kw, c, o = w.shape
     n = rounding.lo.shape[0]
     plan = _plan(window, input_size, n, c, o, rounding.bits)
-    _check_int32(kh * kw * o, rounding.bits)
+    check_int32_sums(kh * kw * o, rounding.bits)
     positions = n * input_size[0] * input_size[1]
     sign_sums = input_sign_sums(w, window, input_size)
     if positions * c * o == 0:
@@ -218,7 +225,7 @@ def weight_grad(
     n, o = kept.words.shape[0], rounding.lo.shape[0]
     plan = _plan(window, (h, width), n, c, o, rounding.bits)
     positions = n * plan.output_size[0] * plan.output_size[1]
-    _check_int32(positions, rounding.bits)
+    check_int32_sums(positions, rounding.bits)
     sign_sums = weight_sign_sums(kept, samples, window)
     if positions * c * o == 0:
         return scale_weight_grad(
@@ -265,8 +272,3 @@ def weight_grad(
     total = jnp.sum(sums, axis=0)[:, :n_rows, :o].reshape(8, kh, kw, plan.n_bytes, o)
     total = total.transpose(1, 2, 3, 0, 4).reshape(kh, kw, plan.n_bytes * 8, o)[:, :, :c]
     return scale_weight_grad(total, sign_sums, rounding, g.shape[3])
-
-
-def _check_int32(terms: int, bits: int) -> None:
-    if terms * ((1 << bits) - 1) >= 2**31:
-        raise UnsupportedError(f"sums over {terms} codes of {bits} bits exceed int32")

@@ -8,11 +8,20 @@ added as ``int32``.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 from fqt_jax.binarize import PackedBits
-from fqt_jax.kernels.contract import Pair, Rounding, UnsupportedError, Window, sum_dtype
+from fqt_jax.kernels.contract import (
+    Pair,
+    Rounding,
+    UnsupportedError,
+    Window,
+    check_int32_sums,
+    sum_dtype,
+)
 from fqt_jax.kernels.float_conv import conv, conv_input_grad, conv_weight_grad
 from fqt_jax.kernels.scaling import (
     code_step,
@@ -113,8 +122,7 @@ def _exact_input_grad(
 def _exact_weight_grad(signs: jax.Array, codes: jax.Array, bits: int, window: Window) -> jax.Array:
     """Integer sums, in parts over the samples where they could exceed 2^24."""
     terms = codes.shape[1] * codes.shape[2] * ((1 << bits) - 1)
-    if terms * codes.shape[0] >= 2**31:
-        raise UnsupportedError(f"sums over {codes.shape[:3]} codes of {bits} bits exceed int32")
+    check_int32_sums(math.prod(codes.shape[:3]), bits)
     part = max(1, (_EXACT - 1) // max(1, terms))
     sums = [
         conv_weight_grad(signs[i : i + part], codes[i : i + part], window)

@@ -6,7 +6,7 @@ import pytest
 import fqt_jax as fqt
 from fqt_jax import GradientQuantizer
 from fqt_jax.diagnostics import COMPARED, Quantization, measured_error, quantized_gradient
-from fqt_jax.functional import roundings
+from fqt_jax.grouping import roundings
 from fqt_jax.rounding import seeds_from_key
 from tests import reference
 
