@@ -14,11 +14,12 @@ import pathlib
 
 from experiments import cli
 from experiments.cli import UserError
+from experiments.formats import Table
 from experiments.specs import Spec, parse
 from experiments.sweep import Result, SweepConfig, parse_all
 from experiments.sweep_plots import plot_pareto
 from experiments.sweep_run import run_groups
-from experiments.sweep_tables import Table, accuracy, cost, publish
+from experiments.sweep_tables import accuracy, cost, publish
 
 STUDIES: dict[str, tuple[str, ...]] = {
     "baselines": ("qat", "psq1", "fqt1"),

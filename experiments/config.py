@@ -90,6 +90,9 @@ class RunConfig:
     data_dir: pathlib.Path | None = None
     """Where tensorflow-datasets keeps its data."""
 
+    diagnose: bool = False
+    """After each epoch, measure noise, heterogeneity and sign flips of each layer's gradient."""
+
     seed: int = 0
     """Decides initialization, order, augmentation and rounding."""
     implementation: str | None = None
@@ -99,7 +102,12 @@ class RunConfig:
     resume: pathlib.Path | None = None
     """Continue the run in this folder, with the options it was started with."""
 
-    NOT_COMPILED: ClassVar[tuple[str, ...]] = ("seed", "learning_rate", "head_learning_rate")
+    NOT_COMPILED: ClassVar[tuple[str, ...]] = (
+        "seed",
+        "learning_rate",
+        "head_learning_rate",
+        "diagnose",
+    )
     """Options that are values in a training step, not constants of its program."""
 
     def __post_init__(self) -> None:

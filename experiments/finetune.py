@@ -14,7 +14,7 @@ import json
 import pathlib
 from typing import ClassVar
 
-from experiments import cli, reporting, runner
+from experiments import cli, folders, reporting, runner, tasks
 from experiments.config import RunConfig, read_config
 from experiments.data import Dataset
 from experiments.pretrain import PretrainConfig
@@ -59,22 +59,20 @@ def main(config: FinetuneConfig) -> None:
     folder = config.resume
     if folder is not None:
         config = read_config(config, folder)
-    dataset = runner.load_dataset(config)
+    dataset = tasks.load_dataset(config)
     task = build_task(config, dataset, folder)
-    folder = folder or runner.new_folder(config, "finetune")
-    runner.write_config(config, folder)
+    folder = folder or folders.run_folder(config, "finetune")
+    folders.write_config(config, folder)
     print(task.table)
     summary = runner.train(config, task, folder, "finetune")
     reporting.print_summary(summary, folder)
 
 
-def build_task(
-    config: FinetuneConfig, dataset: Dataset, folder: pathlib.Path | None
-) -> runner.Task:
+def build_task(config: FinetuneConfig, dataset: Dataset, folder: pathlib.Path | None) -> tasks.Task:
     """Builds the model, at its starting point unless the run in ``folder`` is to be continued."""
     resumable = folder is not None and latest_checkpoint(folder / "checkpoints") is not None
     start = None if resumable else starting_point(config, dataset)
-    return runner.build_task(config, dataset, start)
+    return tasks.build_task(config, dataset, start)
 
 
 def starting_point(config: FinetuneConfig, dataset: Dataset) -> pathlib.Path | None:
@@ -122,8 +120,8 @@ def _pretrained(config: FinetuneConfig, dataset: Dataset) -> pathlib.Path:
             return found
     print(f"pretraining on mnist5k once; the result is kept in {folder}")
     folder.mkdir(parents=True, exist_ok=True)
-    runner.write_config(options, folder)
-    task = runner.build_task(options, runner.load_dataset(options), None)
+    folders.write_config(options, folder)
+    task = tasks.build_task(options, tasks.load_dataset(options), None)
     reporting.print_summary(runner.train(options, task, folder, "pretrain"), folder)
     found = latest_checkpoint(folder / "checkpoints")
     if found is None:

@@ -75,7 +75,21 @@ def plot_lorenz(states: States, path: pathlib.Path, title: str) -> None:
 
 
 def plot_time(records: list[dict[str, Any]], path: pathlib.Path, title: str) -> None:
-    """Noise-to-signal, heterogeneity and sign flips over the epochs."""
+    """Draws :func:`time_figure` to a PNG file."""
+    time_figure(records, title).savefig(path, dpi=130)
+
+
+def time_figure(records: list[dict[str, Any]], title: str) -> Any:
+    """Noise-to-signal, heterogeneity and sign flips over the epochs.
+
+    Args:
+      records: of each epoch, ``epoch`` and ``diagnosis``, what
+        :func:`fqt_jax.diagnostics.diagnose` found.
+      title: of the picture.
+
+    Returns:
+      A matplotlib figure.
+    """
     import matplotlib.figure
 
     figure = matplotlib.figure.Figure(figsize=(12, 7), layout="constrained")
@@ -125,7 +139,7 @@ def plot_time(records: list[dict[str, Any]], path: pathlib.Path, title: str) -> 
     for axes in grid.flat:
         axes.yaxis.label.set_size(9)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=130)
+    return figure
 
 
 def plot_errors(rows: list[dict[str, Any]], path: pathlib.Path, title: str) -> None:

@@ -22,11 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments import cli, gradient_pictures, runner
+from experiments import cli, folders, gradient_pictures, tasks
 from experiments.config import RunConfig
 from experiments.data import Dataset, epoch_order
 from experiments.data.augment import normalize
-from experiments.folders import write_json
 from fqt_jax import diagnostics
 from fqt_jax.training import (
     Metrics,
@@ -90,12 +89,12 @@ class Batch(NamedTuple):
 def main(config: StatisticsConfig) -> None:
     """Runs the experiment."""
     began = time.perf_counter()
-    dataset = runner.load_dataset(config)
+    dataset = tasks.load_dataset(config)
     if max(config.batch_size, config.diagnosed_images) > len(dataset.train):
         raise cli.UserError(f"there are only {len(dataset.train)} training images.")
-    task = runner.build_task(config, dataset, None)
-    folder = runner.new_folder(config, "gradients")
-    runner.write_config(config, folder)
+    task = tasks.build_task(config, dataset, None)
+    folder = folders.run_folder(config, "gradients")
+    folders.write_config(config, folder)
     print(task.table)
     prepare = functools.partial(normalize, mean=dataset.mean, std=dataset.std)
     n = config.diagnosed_images
@@ -122,7 +121,7 @@ def main(config: StatisticsConfig) -> None:
         for epoch, layers in states.items()
         for row in (_errors(config, epoch, layers, batch.key) if config.draws else [])
     ]
-    write_json(folder / "errors.json", rows)
+    folders.write_json(folder / "errors.json", rows)
     label = f"{config.dataset}, {config.model} x{config.width:g}, {config.recipe}"
     gradient_pictures.plot_groups(states, folder / "ranges.png", f"{label}, n = {n} images")
     gradient_pictures.plot_lorenz(states, folder / "lorenz.png", f"{label}, n = {n} images")

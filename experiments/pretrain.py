@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from experiments import cli, reporting, runner
+from experiments import cli, folders, reporting, runner, tasks
 from experiments.config import RunConfig, read_config
 
 
@@ -30,9 +30,9 @@ def main(config: PretrainConfig) -> None:
     folder = config.resume
     if folder is not None:
         config = read_config(config, folder)
-    task = runner.build_task(config, runner.load_dataset(config), None)
-    folder = folder or runner.new_folder(config, "pretrain")
-    runner.write_config(config, folder)
+    task = tasks.build_task(config, tasks.load_dataset(config), None)
+    folder = folder or folders.run_folder(config, "pretrain")
+    folders.write_config(config, folder)
     summary = runner.train(config, task, folder, "pretrain")
     reporting.print_summary(summary, folder)
 

@@ -1,10 +1,9 @@
-"""One training run, from its options to its folder: data, model, steps, checkpoints, resume."""
+"""One training run in its folder: steps, epochs, checkpoints, resume, summary."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import datetime
 import functools
 import json
 import math
@@ -24,18 +23,17 @@ from flax import nnx
 from experiments import reporting
 from experiments.cli import Interrupted, StopOnSignal, UserError
 from experiments.config import RunConfig
-from experiments.data import Dataset, Split, epoch_order, load
+from experiments.data import Split, epoch_order
 from experiments.data.augment import augment, normalize
+from experiments.diagnosis import Diagnosis
+from experiments.folders import write_json, write_text
+from experiments.tasks import Task, augmentation
 from fqt_jax.checkpoints import (
     latest_checkpoint,
-    load_parameters,
     read_metadata,
     restore_checkpoint,
     save_checkpoint,
 )
-from fqt_jax.convert import ConversionTable, quantize
-from fqt_jax.kernels import check_implementation
-from fqt_jax.models import create_model
 from fqt_jax.training import (
     Metrics,
     create_state,
@@ -52,82 +50,6 @@ Data = tuple[jax.Array, jax.Array]
 
 class Diverged(UserError):
     """The loss is not a number any more."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """What a run trains: the data, the model, and how it starts."""
-
-    dataset: Dataset
-    model: nnx.Module
-    table: ConversionTable
-    start: str
-
-
-def load_dataset(config: RunConfig) -> Dataset:
-    """The run's data set, held in memory."""
-    return load(
-        config.dataset,
-        image_size=config.image_size,
-        validation_fraction=config.validation_fraction,
-        data_dir=config.data_dir,
-        limit=config.limit,
-    )
-
-
-def build_task(config: RunConfig, dataset: Dataset, checkpoint: pathlib.Path | None) -> Task:
-    """Builds the quantized model, from random values or from a checkpoint.
-
-    Raises:
-      UserError, ValueError: an option does not fit.
-      CheckpointError: the checkpoint is missing, damaged or of another model.
-    """
-    check_implementation(config.implementation)
-    stem = config.stem
-    if stem == "auto":
-        stem = "imagenet" if min(dataset.image_size) >= 96 else "small"
-    float_model = create_model(
-        config.model,
-        num_classes=dataset.num_classes,
-        in_features=dataset.channels,
-        width=config.width,
-        stem=stem,
-        rngs=nnx.Rngs(config.seed),
-    )
-    start = "random values"
-    if checkpoint is not None:
-        fresh = load_parameters(checkpoint, float_model, new_head="head")
-        start = f"{checkpoint}" + (" with a new head" if fresh else "")
-    model, table = quantize(
-        float_model,
-        config.build_recipe(),
-        implementation=config.implementation,
-        rngs=nnx.Rngs(config.seed + 1),
-    )
-    return Task(dataset, model, table, start)
-
-
-def new_folder(config: RunConfig, kind: str) -> pathlib.Path:
-    """Creates the run's folder.
-
-    Raises:
-      UserError: it exists already.
-      OSError: it cannot be created.
-    """
-    if config.out is None:
-        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        name = f"{kind}-{config.dataset}-{config.model}-{config.recipe}-{stamp}"
-        folder = pathlib.Path("runs") / name
-    else:
-        folder = config.out
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        raise UserError(
-            f"the run folder {folder} exists already: choose another one, or continue that run "
-            f"by --resume {folder}."
-        ) from None
-    return folder
 
 
 class Steps(NamedTuple):
@@ -154,8 +76,8 @@ def train(
     """Trains, from the start or from the folder's last checkpoint, to the end.
 
     Writes to the folder after each epoch: a line of ``metrics.jsonl``, a checkpoint, and the
-    picture of the curves; at the end ``summary.json``, with the accuracy on the test split, which
-    nothing before has looked at.
+    picture of the curves, with ``diagnose`` also ``diagnosis.png``; at the end ``summary.json``,
+    with the accuracy on the test split, which nothing before has looked at.
 
     Args:
       config: the options.
@@ -180,7 +102,7 @@ def _steps(config: RunConfig, task: Task, graphdef: Any, total_steps: int) -> St
     dataset = task.dataset
     optimizer = config.build_optimizer().build(nnx.state(task.model, nnx.Param), total_steps)
     prepare = functools.partial(normalize, mean=dataset.mean, std=dataset.std)
-    flip, pad = _augmentation(config, dataset)
+    flip, pad = augmentation(config, dataset)
     train_step = make_train_step(
         graphdef,
         optimizer,
@@ -224,6 +146,7 @@ class _Run:
         self.history: list[dict[str, Any]] = []
         self.step_seconds: list[float] = []
         self.saved_at = time.perf_counter()
+        self.diagnosis = Diagnosis(config, dataset, graphdef, state) if config.diagnose else None
 
     def go(self) -> dict[str, Any]:
         summary_path = self.folder / "summary.json"
@@ -245,7 +168,7 @@ class _Run:
                     raise Interrupted(self._how_to_resume())
         test = self._evaluate(_on_device(dataset.test))
         summary = self._summary(test, time.perf_counter() - began)
-        _write(summary_path, json.dumps(summary, indent=2) + "\n")
+        write_json(summary_path, summary)
         reporting.plot_curves(self.history, summary, self.folder / "curves.png")
         return summary
 
@@ -286,7 +209,7 @@ class _Run:
                 f"rate. The run's last good state is in {self.folder / 'checkpoints'}."
             )
         held_out = self._evaluate(validation)
-        line = {
+        line: dict[str, Any] = {
             "epoch": epoch + 1,
             "step": int(self.state.step),
             "train_loss": trained["loss"],
@@ -294,14 +217,18 @@ class _Run:
             "validation_loss": held_out["loss"],
             "validation_accuracy": held_out["accuracy"],
         }
+        if self.diagnosis:
+            line["diagnosis"] = self.diagnosis.after_epoch(self.state)
         self.history.append(line)
         self.state = reset_metrics(self.state)
         text = "".join(json.dumps(entry) + "\n" for entry in self.history)
-        _write(self.folder / "metrics.jsonl", text)
+        write_text(self.folder / "metrics.jsonl", text)
         if time.perf_counter() - self.saved_at >= self.save_seconds:
             self._save()
             reporting.plot_curves(self.history, None, self.folder / "curves.png")
         progress.epoch(line, self.config.epochs)
+        if self.diagnosis:
+            self.diagnosis.report(self.history, self.folder)
 
     def _evaluate(self, data: Data) -> dict[str, float]:
         metrics = Metrics.zero()
@@ -330,6 +257,7 @@ class _Run:
             "num_classes": self.task.dataset.num_classes,
             "start": self.start,
             "history": self.history,
+            "diagnosis": self.diagnosis and self.diagnosis.to_json(),
         }
 
     def _restore(self) -> None:
@@ -340,6 +268,8 @@ class _Run:
         # The history of the checkpoint, not of metrics.jsonl, which may be an epoch ahead.
         metadata = read_metadata(path)
         self.history, self.start = list(metadata["history"]), metadata["start"]
+        if self.diagnosis:
+            self.diagnosis.restore(metadata["diagnosis"])
         print(f"resuming {self.folder} after step {int(self.state.step)} of {self.total_steps}")
 
     def _how_to_resume(self) -> str:
@@ -382,26 +312,5 @@ def _median_ms(seconds: list[float]) -> float | None:
     return round(1000 * statistics.median(seconds), 3) if seconds else None
 
 
-def _augmentation(config: RunConfig, dataset: Dataset) -> tuple[bool, int]:
-    """Whether to flip and by how much to pad: what was asked, or what suits the data."""
-    is_text = dataset.name in ("digits", "mnist5k")
-    flip = not is_text if config.flip is None else config.flip
-    if config.pad is not None:
-        return flip, config.pad
-    return flip, 0 if is_text else min(dataset.image_size) // 8
-
-
 def _on_device(split: Split) -> Data:
     return jnp.asarray(split.images), jnp.asarray(split.labels)
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
-
-
-def write_config(config: RunConfig, folder: pathlib.Path) -> None:
-    """Writes the options to the run's folder, where resuming finds them."""
-    _write(folder / "config.json", json.dumps(config.to_json(), indent=2) + "\n")

@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from experiments import cli, finetune, runner
+from experiments import cli, finetune, folders, runner, tasks
 from experiments.data import Dataset
 from experiments.sweep import Cell, Group, Store, plan
 
@@ -68,11 +68,11 @@ class _Sharing:
     def run(self, cell: Cell, folder: pathlib.Path) -> dict[str, Any]:
         config = cell.config
         if self._dataset is None:
-            self._dataset = runner.load_dataset(config)
+            self._dataset = tasks.load_dataset(config)
         with _one_at_a_time(config.cache):
             task = finetune.build_task(config, self._dataset, folder)
         folder.mkdir(parents=True, exist_ok=True)
-        runner.write_config(config, folder)
+        folders.write_config(config, folder)
         summary = runner.train(
             config, task, folder, "finetune", shared=self._steps, save_seconds=_SAVE_SECONDS
         )

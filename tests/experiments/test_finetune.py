@@ -210,7 +210,7 @@ def test_bad_options_are_refused_on_construction(changes, message):
 
 def test_run_folders_are_never_overwritten_nor_mixed_up():
     pathlib.Path("run").mkdir()
-    with pytest.raises(cli.UserError, match=r"run folder run exists already.*--resume run"):
+    with pytest.raises(cli.UserError, match=r"the folder run exists already.*--resume run"):
         main(tiny())
     with pytest.raises(cli.UserError, match=r"not a run: it has no config\.json"):
         main(FinetuneConfig(resume=pathlib.Path("run")))

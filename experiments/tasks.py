@@ -1,0 +1,77 @@
+"""What a run trains: its data, its model, and where the model starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+from flax import nnx
+
+from experiments.config import RunConfig
+from experiments.data import Dataset, load
+from fqt_jax.checkpoints import load_parameters
+from fqt_jax.convert import ConversionTable, quantize
+from fqt_jax.kernels import check_implementation
+from fqt_jax.models import create_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a run trains: the data, the model, and how it starts."""
+
+    dataset: Dataset
+    model: nnx.Module
+    table: ConversionTable
+    start: str
+
+
+def load_dataset(config: RunConfig) -> Dataset:
+    """The run's data set, held in memory."""
+    return load(
+        config.dataset,
+        image_size=config.image_size,
+        validation_fraction=config.validation_fraction,
+        data_dir=config.data_dir,
+        limit=config.limit,
+    )
+
+
+def build_task(config: RunConfig, dataset: Dataset, checkpoint: pathlib.Path | None) -> Task:
+    """Builds the quantized model, from random values or from a checkpoint.
+
+    Raises:
+      UserError, ValueError: an option does not fit.
+      CheckpointError: the checkpoint is missing, damaged or of another model.
+    """
+    check_implementation(config.implementation)
+    stem = config.stem
+    if stem == "auto":
+        stem = "imagenet" if min(dataset.image_size) >= 96 else "small"
+    float_model = create_model(
+        config.model,
+        num_classes=dataset.num_classes,
+        in_features=dataset.channels,
+        width=config.width,
+        stem=stem,
+        rngs=nnx.Rngs(config.seed),
+    )
+    start = "random values"
+    if checkpoint is not None:
+        fresh = load_parameters(checkpoint, float_model, new_head="head")
+        start = f"{checkpoint}" + (" with a new head" if fresh else "")
+    model, table = quantize(
+        float_model,
+        config.build_recipe(),
+        implementation=config.implementation,
+        rngs=nnx.Rngs(config.seed + 1),
+    )
+    return Task(dataset, model, table, start)
+
+
+def augmentation(config: RunConfig, dataset: Dataset) -> tuple[bool, int]:
+    """Whether to flip and by how much to pad: what was asked, or what suits the data."""
+    is_text = dataset.name in ("digits", "mnist5k")
+    flip = not is_text if config.flip is None else config.flip
+    if config.pad is not None:
+        return flip, config.pad
+    return flip, 0 if is_text else min(dataset.image_size) // 8
