@@ -12,7 +12,7 @@ import numpy as np
 from experiments.sweep import Result
 from experiments.sweep_tables import accuracy, cost
 
-_COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")
+COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")
 """Paul Tol's bright scheme: told apart by colour-blind readers and in print."""
 
 
@@ -140,4 +140,4 @@ def _wrapped(text: str, figure: Any) -> str:
 
 
 def _cycle(n: int) -> list[str]:
-    return [_COLORS[i % len(_COLORS)] for i in range(n)]
+    return [COLORS[i % len(COLORS)] for i in range(n)]

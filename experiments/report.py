@@ -1,0 +1,233 @@
+"""One page from any set of runs: tables, curves, and how the runs differ.
+
+    python -m experiments.report runs/tables-embedded runs/finetune-digits-* --out report.html
+
+Takes folders of runs and of sweeps, or folders of those. The page holds all it shows, pictures
+included, and reads well in the dark and in print; beside it the tables are written as Markdown and
+LaTeX (.md, .tex). What the runs have alike is said once; runs that differ in their seeds alone
+make one line, with their number, mean and deviation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import pathlib
+from collections.abc import Sequence
+
+import tyro
+
+from experiments import cli, report_pictures
+from experiments.folders import write_text
+from experiments.formats import Table
+from experiments.report_runs import Found, Group, differing, group, read
+
+Paths = tyro.conf.Positional[tuple[pathlib.Path, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig:
+    """What is reported."""
+
+    runs: Paths
+    """Folders of runs and sweeps, or folders that hold them."""
+    out: pathlib.Path = pathlib.Path("report.html")
+    """The page; it is written anew where there is one."""
+    title: str = "1-bit fully quantized training"
+    """Its title."""
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise cli.UserError("name at least one folder of runs.")
+        if self.out.suffix != ".html":
+            raise cli.UserError(f"out must end in .html; got {self.out}.")
+
+
+def main(config: ReportConfig) -> None:
+    """Runs the command."""
+    found = read(config.runs)
+    groups = group(found.runs)
+    tables = [*result_tables(groups), *found.tables, *difference_tables(groups)]
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(config.out, page(config.title, found, groups))
+    write_text(config.out.with_suffix(".md"), "\n".join(t.to_markdown() for t in tables))
+    write_text(config.out.with_suffix(".tex"), "\n".join(t.to_latex() for t in tables))
+    for table in tables:
+        table.show()
+    print(
+        f"{len(found.runs)} runs, written to {config.out}, and as tables to "
+        f"{config.out.with_suffix('.md').name} and {config.out.with_suffix('.tex').name}"
+    )
+
+
+def _tasks(groups: Sequence[Group]) -> dict[str, list[Group]]:
+    tasks: dict[str, list[Group]] = {}
+    for own in groups:
+        tasks.setdefault(own.task, []).append(own)
+    return tasks
+
+
+def result_tables(groups: Sequence[Group]) -> list[Table]:
+    """What the runs of each task came to."""
+    return [_results(task, own) for task, own in _tasks(groups).items()]
+
+
+def _results(task: str, groups: Sequence[Group]) -> Table:
+    rows, open_runs = [], 0
+    for own in groups:
+        n = len(own.ended)
+        open_runs += len(own.runs) - n
+        rows.append(
+            [
+                own.label,
+                str(n),
+                str(own.estimate("test_accuracy", 100)),
+                str(own.estimate("validation_accuracy", 100)),
+                f"{own.estimate('gradient_bits').mean:g}" if n else "-",
+                str(own.estimate("step_ms")),
+                str(own.estimate("seconds")),
+            ]
+        )
+    columns = ["recipe", "n", "test %", "validation %", "gradient bits", "step ms", "run s"]
+    notes = ["Gradient bits: an entry, on average. The time of a step is the median of its run."]
+    if open_runs:
+        notes.append(f"{open_runs} runs that have not ended are left out.")
+    return Table(f"{task}: mean ± standard deviation over n seeds", columns, rows, notes)
+
+
+def difference_tables(groups: Sequence[Group]) -> list[Table]:
+    """The options in which the groups of each task differ."""
+    tables = []
+    for task, own in _tasks(groups).items():
+        # The recipe stands in the label.
+        names = [name for name in differing(one.runs[0] for one in own) if name != "recipe"]
+        if names:
+            rows = [
+                [one.label, *(one.runs[0].options().get(name, "-") for name in names)]
+                for one in own
+            ]
+            tables.append(Table(f"{task}: options that differ", ["runs", *names], rows))
+    return tables
+
+
+def page(title: str, found: Found, groups: Sequence[Group]) -> str:
+    """The page, whole."""
+    parts = []
+    for (task, own), results in zip(_tasks(groups).items(), result_tables(groups), strict=True):
+        parts.append(f"<section><h2>{html.escape(task)}</h2>{_wide(results)}")
+        if len(own) > 1 and any(one.ended for one in own):
+            parts.append(_figure(report_pictures.accuracies(task, own)))
+        if any(run.history for one in own for run in one.runs):
+            caption = "Mean over the seeds; the band reaches from the least to the greatest."
+            parts.append(_figure(report_pictures.curves(task, own), caption))
+        parts += _diagnoses(own)
+        parts.append("</section>")
+    if found.tables:
+        tables = "".join(_wide(table) for table in found.tables)
+        parts.append(f"<section><h2>Tables of the sweeps</h2>{tables}</section>")
+    if found.runs:
+        parts.append(_options(found, groups))
+    body = "\n".join(parts)
+    seeds = len({run.config.get("seed") for run in found.runs})
+    lead = f"{len(found.runs)} runs in {len(groups)} groups, {seeds} seeds."
+    return _PAGE.format(title=html.escape(title), style=_STYLE, lead=lead, body=body)
+
+
+def _diagnoses(groups: Sequence[Group]) -> list[str]:
+    pictures = []
+    for own in groups:
+        for run in own.runs[:1]:
+            history = [line for line in run.history if "diagnosis" in line]
+            if history:
+                title = f"{own.task}, {own.label}, seed {run.config['seed']}"
+                caption = "Gradients of the quantized layers on one batch, after each epoch."
+                pictures.append(_figure(report_pictures.diagnosis(title, history), caption))
+    return pictures
+
+
+def _options(found: Found, groups: Sequence[Group]) -> str:
+    differences = "".join(_wide(table) for table in difference_tables(groups))
+    names = set(differing(found.runs))
+    shared = {k: v for k, v in found.runs[0].options().items() if k not in names}
+    rows = [[name, value] for name, value in shared.items()]
+    alike = Table("Options that all runs have alike", ["option", "value"], rows)
+    folders = [[one.task, one.label, str(run.folder)] for one in groups for run in one.runs]
+    places = Table("Folders of the runs", ["task", "runs", "folder"], folders)
+    layers = "".join(_layers(one) for one in groups)
+    return (
+        f"<section><h2>Options</h2>{differences}"
+        f"<details><summary>What all runs have alike</summary>{_wide(alike)}</details>"
+        f"<details><summary>Folders</summary>{_wide(places)}</details>{layers}</section>"
+    )
+
+
+def _layers(group: Group) -> str:
+    path = group.runs[0].folder / "layers.txt"
+    if not path.exists():
+        return ""
+    name = html.escape(f"{group.task}, {group.label}")
+    text = html.escape(path.read_text())
+    return f"<details><summary>Layers: {name}</summary><pre>{text}</pre></details>"
+
+
+def _wide(table: Table) -> str:
+    return f'<div class="wide">{table.to_html()}</div>'
+
+
+def _figure(svg: str, caption: str = "") -> str:
+    text = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+    return f"<figure>{svg}{text}</figure>"
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<main>
+<h1>{title}</h1>
+<p>{lead}</p>
+{body}
+</main>
+</body>
+</html>
+"""
+
+_STYLE = """
+:root { --paper: #ffffff; --ink: #1c1e21; --faint: #62676e; --line: #d9dce0; --band: #f4f5f7; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #16181b; --ink: #e4e6e9; --faint: #9aa0a8; --line: #373b41; --band: #1f2226; }
+}
+@media print {
+  :root { --paper: #ffffff; --ink: #000000; --faint: #444444; --line: #bbbbbb; --band: #ffffff; }
+  details:not([open]) { display: none; }
+  figure, tr { break-inside: avoid; }
+  h2 { break-after: avoid; }
+}
+body { margin: 0; background: var(--paper); color: var(--ink);
+  font: 15px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; }
+main { max-width: 62rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
+h1 { font-size: 1.7rem; margin: 0 0 .3rem; }
+h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; border-bottom: 1px solid var(--line); }
+p, figcaption, summary { color: var(--faint); }
+.wide { overflow-x: auto; margin: 1rem 0; }
+.wide p { font-size: .85rem; margin: .3rem 0; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
+caption { text-align: left; font-weight: 600; padding-bottom: .3rem; }
+th, td { padding: .25rem .8rem .25rem 0; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid var(--line); }
+th:first-child, td:first-child { text-align: left; }
+tbody tr:nth-child(even) { background: var(--band); }
+figure { margin: 1rem 0; }
+figcaption { font-size: .85rem; }
+summary { cursor: pointer; }
+pre { overflow-x: auto; font-size: .8rem; }
+"""
+
+if __name__ == "__main__":
+    cli.run(main, ReportConfig)
