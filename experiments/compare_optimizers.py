@@ -4,7 +4,8 @@
 
 For each model, recipe and optimizer the rate of the best validation accuracy is chosen from a grid,
 on the first seed; a grid whose best rate lies on its edge grows, twice at most. Then all seeds run
-at that rate. The command again continues a sweep that was stopped.
+at that rate. An optimizer with a rate, as in ``adam:learning_rate=1e-3``, keeps it. The command
+again continues a sweep that was stopped.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import itertools
 import pathlib
 
 from experiments import cli
+from experiments.formats import Estimate, Table
 from experiments.specs import Spec, parse
 from experiments.sweep import OTHER_RATES, RATES, Result, SweepConfig, parse_all
 from experiments.sweep_plots import plot_curves
 from experiments.sweep_run import run_groups
-from experiments.sweep_tables import Estimate, Table, accuracy, differences, publish
+from experiments.sweep_tables import accuracy, differences, publish
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +32,8 @@ class CompareConfig(SweepConfig):
     recipes: tuple[str, ...] = ("qat", "psq1", "fqt1", "fqt1:prune=shared,importance=norm")
     """Recipes, as [LABEL=]NAME[:OPTION=VALUE,...]."""
     optimizers: tuple[str, ...] = ("adam", "sgd")
-    """Optimizers, with the options weight_decay, momentum and schedule."""
+    """Optimizers, with the options learning_rate, which is then not tuned, weight_decay, momentum
+    and schedule."""
     rates: tuple[float, ...] = ()
     """Learning rates to choose from; the default is 3e-4, 1e-3, 3e-3, and 1e-2, 3e-2, 1e-1 for
     sgd."""
@@ -50,7 +53,7 @@ def main(config: CompareConfig) -> None:
     groups = [
         config.group(
             {"dataset": task, "model": model, "recipe": recipe, "optimizer": optimizer},
-            config.rates or RATES.get(optimizer.options["optimizer"], OTHER_RATES),
+            _grid(config, optimizer),
         )
         for model, recipe, optimizer in points
     ]
@@ -69,6 +72,13 @@ def main(config: CompareConfig) -> None:
         ]
         plot_curves(panels, title, config.out / f"curves-{i + 1}-{model.options['model']}.png")
     publish(config.out, dataclasses.asdict(config), found, tables)
+
+
+def _grid(config: CompareConfig, optimizer: Spec) -> tuple[float, ...]:
+    """The rates to choose from; none where the optimizer comes with one."""
+    if "learning_rate" in optimizer.options:
+        return ()
+    return config.rates or RATES.get(optimizer.options["optimizer"], OTHER_RATES)
 
 
 def _tables(
@@ -100,8 +110,8 @@ def _tables(
             )
     tables = [
         Table(
-            f"{title}: test accuracy, %, mean ± deviation over {n} seeds, at the rate tuned on "
-            f"validation images with seed {config.seeds[0]}",
+            f"{title}: test accuracy, %, mean ± deviation over {n} seeds, at the rate given with "
+            f"the optimizer or tuned on validation images with seed {config.seeds[0]}",
             ["recipe", *names],
             rows,
             [_edge(result) for result in results.values() if _edge(result)],

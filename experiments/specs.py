@@ -17,7 +17,7 @@ from experiments.finetune import FinetuneConfig
 Axis = Literal["dataset", "model", "recipe", "optimizer"]
 
 _MODEL_OPTIONS = ("width", "stem", "checkpoint")
-_OPTIMIZER_OPTIONS = ("weight_decay", "momentum", "schedule")
+_OPTIMIZER_OPTIONS = ("learning_rate", "weight_decay", "momentum", "schedule")
 _NOT_OF_A_DATASET = ("seed", "cache", "implementation", "out", "resume", "pretrain_seed")
 _OPTIONS: dict[Axis, tuple[str, ...]] = {
     "model": _MODEL_OPTIONS,
@@ -46,8 +46,8 @@ def parse(axis: Axis, text: str) -> Spec:
     Args:
       axis: what ``NAME`` is the name of. A model takes the options width, stem and checkpoint; a
         recipe bits, keep, sampler, importance, groups, prune, scale, clip and one_draw; an
-        optimizer weight_decay, momentum and schedule; a data set all others, such as epochs,
-        learning_rate, limit and from_scratch.
+        optimizer learning_rate, weight_decay, momentum and schedule; a data set these and all
+        others, such as epochs, limit and from_scratch.
       text: the point. An option without a value is true. Without a label, the text is the label.
 
     Raises:

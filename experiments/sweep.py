@@ -255,7 +255,7 @@ class Result:
 
     Attributes:
       group: the group.
-      rate: the learning rate that was chosen; None where there was no choice.
+      rate: the learning rate, chosen or given; None where no run of the grid came to its end.
       tried: validation accuracy by rate; None for a run that failed.
       summaries: of the finished runs at that rate, by seed.
       histories: their epochs.
@@ -307,4 +307,6 @@ def collect(group: Group, store: Store) -> Result:
             failures[cell.name] = failure["error"] if failure else "did not run"
     histories = {seed: store.history(final[seed]) for seed in summaries}
     tried = {rate: tried[rate] for rate in sorted(tried)}
+    if not group.rates:
+        chosen = group.base.build_optimizer().rates()[0]
     return Result(group, chosen, tried, summaries, histories, failures)

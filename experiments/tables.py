@@ -16,10 +16,11 @@ from statistics import fmean
 from typing import Literal
 
 from experiments import cli
+from experiments.formats import Estimate, Table
 from experiments.specs import Spec, parse
 from experiments.sweep import Result, SweepConfig, parse_all
 from experiments.sweep_run import run_groups
-from experiments.sweep_tables import Estimate, Table, accuracy, differences, publish
+from experiments.sweep_tables import accuracy, differences, publish
 
 _RECIPES = (
     "qat",

@@ -8,10 +8,11 @@ import pytest
 
 from experiments.cli import UserError
 from experiments.finetune import FinetuneConfig
+from experiments.formats import Table
 from experiments.specs import parse
 from experiments.sweep import Group, Store, SweepConfig, best_rate, collect, parse_all, plan
 from experiments.sweep_plots import pareto_front, plot_curves, plot_pareto
-from experiments.sweep_tables import Table, accuracy, differences
+from experiments.sweep_tables import accuracy, differences
 from experiments.tables import mean_gain
 
 
