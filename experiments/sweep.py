@@ -142,7 +142,10 @@ class Group:
         config = dataclasses.replace(self.base, seed=seed)
         if rate is not None:
             config = dataclasses.replace(config, learning_rate=rate, head_learning_rate=None)
-        values = {k: v for k, v in config.to_json().items() if k not in ("cache", "data_dir")}
+        # Defaults stay out of the name, so that an option added later renames no run.
+        default = FinetuneConfig().to_json()
+        values = {k: v for k, v in config.to_json().items() if v != default[k]}
+        values = {k: v for k, v in values.items() if k not in ("cache", "data_dir")}
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
         lr = config.build_optimizer().rates()[0]
         text = f"{config.dataset}-{config.model}-{config.variant}-{config.optimizer}-{lr:g}"

@@ -22,11 +22,7 @@ LEARNED = dataclasses.replace(fqt.QAT, scale="learned")
 UNSCALED = dataclasses.replace(fqt.QAT, scale="none", clip=False)
 
 
-@pytest.fixture(autouse=True)
-def _relaxed_promotion():
-    """Flax's own layers mix types and ranks."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
 
 class Net(nnx.Module):

@@ -23,11 +23,7 @@ from fqt_jax.models import VGG
 from fqt_jax.training import create_state, make_train_step
 from tests.test_training import data, equal
 
-
-@pytest.fixture(autouse=True)
-def _as_optax_and_flax_compute():
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
 
 def model(seed=0, *, recipe=fqt.FQT1, num_classes=3, channels=8):

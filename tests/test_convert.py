@@ -7,11 +7,7 @@ from flax import nnx
 import fqt_jax as fqt
 from fqt_jax.models import ResNet, VGGSmall
 
-
-@pytest.fixture(autouse=True)
-def _as_flax_computes():
-    with jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
 
 def resnet(seed: int = 0) -> ResNet:

@@ -12,11 +12,7 @@ from fqt_jax.models import VGG
 from fqt_jax.training import cross_entropy
 from tests.test_functional import normal
 
-
-@pytest.fixture(autouse=True)
-def _as_flax_computes():
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
 
 class Plain(nnx.Module):

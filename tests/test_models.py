@@ -11,11 +11,7 @@ from fqt_jax.models import MODELS, create_model
 from fqt_jax.models.common import avg_pool, scaled
 from fqt_jax.pooling import max_pool
 
-
-@pytest.fixture(autouse=True)
-def _as_flax_computes():
-    with jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
 
 def shapes(name: str, **options) -> list[tuple[int, ...]]:

@@ -18,11 +18,7 @@ from fqt_jax.training import (
     reset_metrics,
 )
 
-
-@pytest.fixture(autouse=True)
-def _as_optax_and_flax_compute():
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
 
 def small_model() -> nnx.Module:

@@ -24,10 +24,7 @@ LABELS = jnp.arange(16) % 3
 BATCH = jax.ShapeDtypeStruct((16, 6), jnp.float32)
 
 
-@pytest.fixture(autouse=True)
-def _as_flax_computes():
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
 
 def loss_gradient(logits: np.ndarray) -> np.ndarray:

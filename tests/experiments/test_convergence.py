@@ -13,11 +13,7 @@ from fqt_jax import theory
 TINY = {"images": 40, "steps": 30, "runs": 2, "sigmas": (0.0, 0.5, 1.0), "quantizers": False}
 
 
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("relaxed_promotion", "own_folder")
 
 
 def loss_and_gradient(problem, w):

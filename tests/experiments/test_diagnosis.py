@@ -3,18 +3,12 @@ import os
 import pathlib
 import signal
 
-import jax
 import pytest
 
 from experiments import cli, diagnosis
 from experiments.finetune import FinetuneConfig, main
 
-
-@pytest.fixture(autouse=True)
-def _as_optax_and_flax_compute(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("relaxed_promotion", "own_folder")
 
 
 def tiny(out: str, **changes) -> FinetuneConfig:

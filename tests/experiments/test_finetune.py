@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 
@@ -22,11 +21,7 @@ from fqt_jax.training import Metrics
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True)
-def _as_optax_and_flax_compute(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("relaxed_promotion", "own_folder")
 
 
 def tiny(**changes) -> FinetuneConfig:

@@ -31,14 +31,14 @@ class Dense(nnx.Module):
         return self.head(self.middle(self.first(x.reshape(x.shape[0], -1))))
 
 
+pytestmark = pytest.mark.usefixtures("relaxed_promotion", "own_folder")
+
+
 @pytest.fixture(autouse=True)
-def _a_model_of_one_quantized_layer(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def _a_model_of_one_quantized_layer(monkeypatch):
     monkeypatch.setitem(MODELS, "vgg_small", Dense)
     few = {name: COMPARED[name] for name in ("psq", "agp_topk/channels")}
     monkeypatch.setattr(diagnostics, "COMPARED", few)
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def test_the_experiment_writes_its_folder(capsys):

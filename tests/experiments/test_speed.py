@@ -26,10 +26,7 @@ from fqt_jax.recipe import FQT1, FULL_PRECISION
 TINY = Setting("vgg_small", 0.125, 4, 8)
 
 
-@pytest.fixture(autouse=True)
-def _as_optax_and_flax_compute():
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,6 @@ import signal
 import sys
 import threading
 
-import jax
 import pytest
 
 from experiments import cli, finetune, runner, sweep_run, sweep_worker
@@ -43,11 +42,7 @@ for name, action in script[json.dumps(request["group"]["base"], sort_keys=True)]
 """
 
 
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("relaxed_promotion", "own_folder")
 
 
 @pytest.fixture
