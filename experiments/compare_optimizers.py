@@ -35,7 +35,7 @@ class CompareConfig(SweepConfig):
     """Optimizers, with the options learning_rate, which is then not tuned, weight_decay, momentum
     and schedule."""
     rates: tuple[float, ...] = ()
-    """Learning rates to choose from; the default is 3e-4, 1e-3, 3e-3, and 1e-2, 3e-2, 1e-1 for
+    """Learning rates to choose from; the default is 3e-4, 1e-3, 3e-3, and 1e-3 to 1e-1 for
     sgd."""
     baseline: str = "qat"
     """The recipe, by its label, from which degradation is measured."""

@@ -27,7 +27,7 @@ from fqt_jax.kernels import check_implementation
 _EXTENSIONS = 2
 """How often a grid of rates grows where its best rate lies on its edge."""
 
-RATES = {"sgd": (1e-2, 3e-2, 1e-1)}
+RATES = {"sgd": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)}
 """Learning rates to choose from, by optimizer."""
 OTHER_RATES = (3e-4, 1e-3, 3e-3)
 """Learning rates to choose from, for all other optimizers."""
