@@ -15,6 +15,7 @@ import functools
 import json
 import math
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -24,17 +25,15 @@ from flax import nnx
 
 from experiments import cli, folders, gradient_pictures, tasks
 from experiments.config import RunConfig
-from experiments.data import Dataset, epoch_order
+from experiments.data import Dataset
 from experiments.data.augment import normalize
+from experiments.plain_training import plain_epochs
 from fqt_jax import diagnostics
 from fqt_jax.training import (
     Metrics,
     TrainState,
-    create_state,
     make_eval_step,
-    make_train_step,
     merge_model,
-    reset_metrics,
 )
 
 
@@ -140,30 +139,14 @@ def main(config: StatisticsConfig) -> None:
 
 def _train(
     config: StatisticsConfig, dataset: Dataset, model: nnx.Module, prepare: Any, batch: Batch
-) -> Any:
+) -> Iterator[tuple[int, Any, TrainState, dict[str, Any]]]:
     """Yields (epoch, graphdef, state, record), from epoch 0, before training, to the last."""
-    steps = len(dataset.train) // config.batch_size
-    params = nnx.state(model, nnx.Param)
-    optimizer = config.build_optimizer().build(params, steps * config.epochs)
-    graphdef, state = create_state(model, optimizer)
-    step = make_train_step(
-        graphdef,
-        optimizer,
-        smoothing=config.label_smoothing,
-        preprocess=lambda x, key: prepare(x),
-    )
-    evaluate = make_eval_step(graphdef, preprocess=prepare)
-    images, labels = jnp.asarray(dataset.train.images), jnp.asarray(dataset.train.labels)
+    evaluate, previous = None, None
     held_out = [jnp.asarray(a) for a in (dataset.validation.images, dataset.validation.labels)]
-    key, previous = jax.random.key(config.seed), None
-    for epoch in range(config.epochs + 1):
-        if epoch:
-            previous = jax.tree.map(jnp.copy, state.params)
-            order = epoch_order(len(labels), config.batch_size, config.seed, epoch - 1)
-            for indices in order:
-                state, _ = step(state, images, labels, jnp.asarray(indices), key)
+    for epoch, graphdef, state in plain_epochs(config, dataset, model):
+        if evaluate is None:
+            evaluate = make_eval_step(graphdef, preprocess=prepare)
         trained = state.metrics.means() if epoch else None
-        state = reset_metrics(state)
         yield (
             epoch,
             graphdef,
@@ -178,6 +161,7 @@ def _train(
                 ),
             },
         )
+        previous = jax.tree.map(jnp.copy, state.params)
 
 
 def _accuracy(evaluate: Any, state: TrainState, data: list[jax.Array], batch: int) -> float:

@@ -1,0 +1,269 @@
+"""Estimators of the gradient at one bit an entry: their noise and their bias on a real model.
+
+    python -m experiments.estimators --model vgg_small --epochs 4
+
+Trains a model with float gradients and, before training and after each epoch, estimates its
+gradient on one batch over and over with each recipe. Reports the noise-to-signal ratio
+sqrt(E |g' - E g'|^2) / |g| and the bias |E g' - g| / |g| of the kernels' gradients, as root mean
+squares over the kernels; g is the float gradient. Each kernel counts alike, as it does for Adam.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from experiments import cli, folders, tasks
+from experiments.config import RunConfig
+from experiments.data.augment import normalize
+from experiments.formats import Table
+from experiments.plain_training import plain_epochs
+from experiments.sweep import parse_all
+from fqt_jax.gradients import LossesOf, OneDraw, batch_gradients, drawn_gradients
+from fqt_jax.training import cross_entropy
+from fqt_jax.tree import leaf_name
+
+_BLOCK = 8
+"""Draws whose sum is one sample of the estimate of the bias."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EstimatorsConfig(RunConfig):
+    """The training run, from random values and without augmentation, and what is estimated."""
+
+    dataset: str = "mnist5k"
+    """Data set, as for experiments.finetune."""
+    model: str = "vgg_small"
+    """Model: vgg_small, vgg11, vgg13, vgg16, vgg19, resnet18 or resnet34."""
+    width: float = 0.5
+    """Factor on the model's number of channels."""
+    recipe: str = "qat"
+    """The recipe that trains; what is estimated is its gradient with nothing rounded."""
+    image_size: int | None = 16
+    """Images are resized to this."""
+    learning_rate: float | None = 2e-3
+    """Learning rate."""
+    epochs: int = 3
+    """Passes over the training data."""
+    estimators: tuple[str, ...] = (
+        "psq1",
+        "fqt1",
+        "range, shared=fqt1:prune=shared",
+        "norm, channels=fqt1:importance=norm",
+        "norm, shared=fqt1:prune=shared,importance=norm",
+        "2 bits, norm, shared=fqt1:bits=2,prune=shared,importance=norm",
+        "8 bits, norm, shared=fqt1:bits=8,prune=shared,importance=norm",
+        "one draw=fqt1:one_draw",
+    )
+    """Recipes, as [LABEL=]NAME[:OPTION=VALUE,...]."""
+    images: int = 128
+    """Images of the batch whose gradient is estimated."""
+    draws: int = 256
+    """Estimates of each gradient."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resume is not None:
+            raise cli.UserError("estimators cannot resume: choose a new folder.")
+        if self.images < 2:
+            raise cli.UserError(f"images must be at least 2; got {self.images}.")
+        if self.draws < 2 * _BLOCK or self.draws % _BLOCK:
+            raise cli.UserError(
+                f"draws must be a multiple of {_BLOCK} from {2 * _BLOCK} on; got {self.draws}."
+            )
+        for label, run in self.runs().items():
+            if not run.build_recipe().binary or run.scale == "learned":
+                raise cli.UserError(
+                    f"the estimator {label!r} must be binary and have no parameters of its own."
+                )
+
+    def runs(self) -> dict[str, RunConfig]:
+        """This run with the recipe of each estimator, by its label."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(RunConfig)}
+        specs = parse_all("recipe", self.estimators)
+        return {spec.label: RunConfig(**values | spec.options) for spec in specs}
+
+
+class Error(NamedTuple):
+    """Error of an estimator, relative to the norm of what it estimates.
+
+    Attributes:
+      noise: ``sqrt(E |g' - E g'|^2) / |g|``.
+      bias: ``|E g' - g| / |g|``, or 0 where three standard errors do not tell it from none.
+      least: the least bias that could have been told from none.
+    """
+
+    noise: float
+    bias: float
+    least: float
+
+
+def relative_error(blocks: np.ndarray, mean_square: float, draws: int, norm: float) -> Error:
+    """The error of an estimator from means of its deviations ``g' - g`` over blocks of draws.
+
+    Products of different blocks have the squared bias as their mean, without the noise's own part.
+
+    Args:
+      blocks: means over blocks of equal size, ``[blocks, parameters]``.
+      mean_square: mean of ``|g' - g|^2`` over all draws.
+      draws: their number.
+      norm: ``|g|``.
+
+    Example:
+      >>> rng = np.random.default_rng(0)
+      >>> d = 0.5 + rng.standard_normal((800, 100))  # |bias| is 5, and the noise 10
+      >>> blocks = d.reshape(100, 8, 100).mean(1)
+      >>> error = relative_error(blocks, float(np.square(d).sum(1).mean()), 800, norm=10.0)
+      >>> round(error.noise, 1), round(error.bias, 1)
+      (1.0, 0.5)
+    """
+    blocks = np.asarray(blocks, np.float64)
+    n = len(blocks)
+    products = (blocks @ blocks.T)[~np.eye(n, dtype=bool)]
+    square = float(products.mean())
+    # If there were no bias, products would be uncorrelated, each pair standing there twice.
+    sigma = float(np.sqrt(2 * np.square(products).sum())) / (n * (n - 1))
+    bias = np.sqrt(square) if square > 3 * sigma else 0.0
+    noise = np.sqrt(max(0.0, (mean_square - square) * draws / (draws - 1)))
+    return Error(*(float(value) / norm for value in (noise, bias, np.sqrt(3 * sigma))))
+
+
+class _Estimator:
+    """A recipe's gradient on a batch, that of all kernels in one vector."""
+
+    def __init__(self, model: nnx.Module, one_draw: OneDraw | None, losses_of: LossesOf):
+        graphdef, _, others = nnx.split(model, nnx.Param, ...)
+
+        def gradient(params: Any, x: jax.Array, y: jax.Array, key: jax.Array) -> jax.Array:
+            draw_key, rounding_key = jax.random.split(key)
+            fresh = nnx.merge(graphdef, params, others, copy=True)
+            nnx.reseed(fresh, rounding=rounding_key)
+            operands = (graphdef, params, nnx.split(fresh, nnx.Param, ...)[2], x, y, losses_of)
+            if one_draw is None:
+                result = batch_gradients(*operands)
+            else:
+                result = drawn_gradients(*operands, one_draw, draw_key)
+            return jnp.concatenate([jnp.ravel(g) for g in _kernels(result.grads)])
+
+        self.gradient = jax.jit(gradient)
+
+        @jax.jit
+        def block(
+            params: Any, x: jax.Array, y: jax.Array, exact: jax.Array, keys: jax.Array
+        ) -> tuple[jax.Array, jax.Array]:
+            scale = _inverse_norms(exact, [leaf.size for leaf in _kernels(params)])
+
+            def add(total: Any, key: jax.Array) -> tuple[Any, None]:
+                d = (gradient(params, x, y, key) - exact) * scale
+                return (total[0] + d, total[1] + jnp.sum(d * d)), None
+
+            zero = (jnp.zeros_like(exact), jnp.zeros((), exact.dtype))
+            return jax.lax.scan(add, zero, keys)[0]
+
+        self._block = block
+
+    def error(
+        self, params: Any, x: jax.Array, y: jax.Array, exact: jax.Array, keys: jax.Array
+    ) -> Error:
+        """The error of draws with these keys."""
+        found = [self._block(params, x, y, exact, k) for k in keys.reshape(-1, _BLOCK)]
+        means = np.stack([np.asarray(total) / _BLOCK for total, _ in found])
+        mean_square = float(sum(float(square) for _, square in found)) / len(keys)
+        return relative_error(means, mean_square, len(keys), len(_kernels(params)) ** 0.5)
+
+
+def _kernels(tree: Any) -> list[jax.Array]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [leaf for path, leaf in leaves if leaf_name(path).endswith("kernel")]
+
+
+def _inverse_norms(g: jax.Array, sizes: list[int]) -> jax.Array:
+    """Of each entry, one over the norm of the kernel's gradient that it belongs to."""
+    parts = jnp.split(g, np.cumsum(sizes)[:-1])
+    norms = [jnp.maximum(jnp.linalg.norm(part), jnp.float32(1e-30)) for part in parts]
+    return jnp.concatenate(
+        [jnp.full(part.shape, 1 / n) for part, n in zip(parts, norms, strict=True)]
+    )
+
+
+def main(config: EstimatorsConfig) -> None:
+    """Runs the experiment."""
+    began = time.perf_counter()
+    dataset = tasks.load_dataset(config)
+    if max(config.batch_size, config.images) > len(dataset.train):
+        raise cli.UserError(f"there are only {len(dataset.train)} training images.")
+    folder = folders.run_folder(config, "estimators")
+    folders.write_config(config, folder)
+
+    def estimator(run: RunConfig) -> _Estimator:
+        model = tasks.build_task(run, dataset, None).model
+        return _Estimator(model, run.build_one_draw(), cross_entropy)
+
+    runs = config.runs()
+    estimators = {label: estimator(run) for label, run in runs.items()}
+    exact = estimator(dataclasses.replace(next(iter(runs.values())), **_FLOAT_GRADIENT))
+    images = normalize(
+        jnp.asarray(dataset.train.images[: config.images]), mean=dataset.mean, std=dataset.std
+    )
+    labels = jnp.asarray(dataset.train.labels[: config.images])
+    keys = jax.random.split(jax.random.key(config.seed + 1), config.draws)
+    found: dict[str, list[Error]] = {label: [] for label in estimators}
+    model = tasks.build_task(config, dataset, None).model
+    for epoch, _, state in plain_epochs(config, dataset, model):
+        operands = (state.params, images, labels)
+        g = exact.gradient(*operands, keys[0])
+        for label, own in estimators.items():
+            found[label].append(own.error(*operands, g, keys))
+        loss = f", loss {state.metrics.means()['loss']:.4f}" if epoch else ""
+        print(f"epoch {epoch}/{config.epochs}{loss}", flush=True)
+    write(config, found, folder)
+    print(f"{time.perf_counter() - began:.0f} seconds; written to {folder}")
+
+
+_FLOAT_GRADIENT: dict[str, Any] = {"recipe": "qat", "one_draw": False} | dict.fromkeys(
+    ("bits", "keep", "sampler", "importance", "groups", "prune")
+)
+
+
+def write(config: EstimatorsConfig, found: dict[str, list[Error]], folder: pathlib.Path) -> None:
+    """Shows the tables and writes them, as Markdown and JSON."""
+    bits = {label: run.build_recipe().gradient for label, run in config.runs().items()}
+    title = f"{config.dataset}, {config.model} x{config.width:g}, n = {config.images} images"
+    columns = ["estimator", "bits an entry", *(f"epoch {e}" for e in range(config.epochs + 1))]
+
+    def rows(text: Callable[[Error], str]) -> list[list[str]]:
+        return [
+            [label, f"{own.bits_per_entry:g}" if (own := bits[label]) else "32", *map(text, errors)]
+            for label, errors in found.items()
+        ]
+
+    tables = [
+        Table(
+            f"{title}: noise-to-signal of the kernels' gradients, {config.draws} draws",
+            columns,
+            rows(lambda error: f"{error.noise:.2f}"),
+        ),
+        Table(
+            f"{title}: bias of the kernels' gradients, {config.draws} draws",
+            columns,
+            rows(lambda e: f"{e.bias:.3f}" if e.bias else f"< {e.least:.3f}"),
+            ["Relative to the gradient's norm; below the value after <, not told from none."],
+        ),
+    ]
+    for table in tables:
+        table.show()
+    folders.write_text(folder / "tables.md", "\n".join(table.to_markdown() for table in tables))
+    values = {label: [error._asdict() for error in errors] for label, errors in found.items()}
+    folders.write_json(folder / "errors.json", values)
+
+
+if __name__ == "__main__":
+    cli.run(main, EstimatorsConfig)
