@@ -40,8 +40,10 @@ STUDIES: dict[str, tuple[str, ...]] = {
         "fqt1",
         "fqt1:importance=norm",
         "fqt1:prune=shared",
-        "fqt1:prune=shared,importance=norm",
+        "fqt1_plus",
+        "fqt1_plus:stratify",
         "fqt1:one_draw",
+        "fqt1:one_draw,stratify",
     ),
 }
 """What is varied: b with keep = 1/b; keep apart from b; the sampler of AGP; SCQ (groups of samples

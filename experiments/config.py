@@ -38,7 +38,7 @@ class RunConfig:
     """A ResNet's stem; auto: imagenet for images of 96 pixels and more."""
 
     recipe: str = "fqt1"
-    """Recipe: full_precision, qat, psq1 or fqt1. The next nine change parts of it."""
+    """Recipe: full_precision, qat, psq1, fqt1 or fqt1_plus. The next ten change parts of it."""
     bits: int | None = None
     """Bits of a gradient code, 1 to 8."""
     keep: float | None = None
@@ -57,6 +57,8 @@ class RunConfig:
     """Whether the straight-through gradient is zero outside [-1, 1]."""
     one_draw: bool = False
     """Prune once for the whole network, at the loss, in place of once in each layer."""
+    stratify: bool = False
+    """Lay each batch out by label, so that draws of samples take evenly from every class."""
 
     optimizer: str = "adam"
     """adam, sgd, or any Optax optimizer that takes a learning rate."""
@@ -157,8 +159,9 @@ class RunConfig:
     def variant(self) -> str:
         """The recipe's name with the parts that were changed, such as ``fqt1:bits=2``."""
         changes = _given(self, RECIPE_PARTS)
-        if not self.one_draw:
-            changes.pop("one_draw")
+        changes = {
+            name: value for name, value in changes.items() if value is not False or name == "clip"
+        }
         text = ",".join(f"{name}={value}" for name, value in changes.items())
         return f"{self.recipe}:{text}" if text else self.recipe
 
@@ -199,6 +202,7 @@ RECIPE_PARTS = (
     "scale",
     "clip",
     "one_draw",
+    "stratify",
 )
 """The options that change parts of a recipe."""
 

@@ -58,10 +58,12 @@ class EstimatorsConfig(RunConfig):
         "fqt1",
         "range, shared=fqt1:prune=shared",
         "norm, channels=fqt1:importance=norm",
-        "norm, shared=fqt1:prune=shared,importance=norm",
-        "2 bits, norm, shared=fqt1:bits=2,prune=shared,importance=norm",
-        "8 bits, norm, shared=fqt1:bits=8,prune=shared,importance=norm",
+        "norm, shared=fqt1_plus",
+        "norm, shared, stratified=fqt1_plus:stratify",
+        "the same, 2 bits=fqt1_plus:bits=2,stratify",
+        "the same, 8 bits=fqt1_plus:bits=8,stratify",
         "one draw=fqt1:one_draw",
+        "one draw, stratified=fqt1:one_draw,stratify",
     )
     """Recipes, as [LABEL=]NAME[:OPTION=VALUE,...]."""
     images: int = 128
@@ -214,23 +216,27 @@ def main(config: EstimatorsConfig) -> None:
         jnp.asarray(dataset.train.images[: config.images]), mean=dataset.mean, std=dataset.std
     )
     labels = jnp.asarray(dataset.train.labels[: config.images])
+    batch, order = (images, labels), jnp.argsort(labels, stable=True)
+    sorted_batch = (images[order], labels[order])
     keys = jax.random.split(jax.random.key(config.seed + 1), config.draws)
     found: dict[str, list[Error]] = {label: [] for label in estimators}
     model = tasks.build_task(config, dataset, None).model
     for epoch, _, state in plain_epochs(config, dataset, model):
-        operands = (state.params, images, labels)
-        g = exact.gradient(*operands, keys[0])
+        g = exact.gradient(state.params, *batch, keys[0])
         for label, own in estimators.items():
-            found[label].append(own.error(*operands, g, keys))
+            own_batch = sorted_batch if runs[label].stratify else batch
+            found[label].append(own.error(state.params, *own_batch, g, keys))
         loss = f", loss {state.metrics.means()['loss']:.4f}" if epoch else ""
         print(f"epoch {epoch}/{config.epochs}{loss}", flush=True)
     write(config, found, folder)
     print(f"{time.perf_counter() - began:.0f} seconds; written to {folder}")
 
 
-_FLOAT_GRADIENT: dict[str, Any] = {"recipe": "qat", "one_draw": False} | dict.fromkeys(
-    ("bits", "keep", "sampler", "importance", "groups", "prune")
-)
+_FLOAT_GRADIENT: dict[str, Any] = {
+    "recipe": "qat",
+    "one_draw": False,
+    "stratify": False,
+} | dict.fromkeys(("bits", "keep", "sampler", "importance", "groups", "prune"))
 
 
 def write(config: EstimatorsConfig, found: dict[str, list[Error]], folder: pathlib.Path) -> None:

@@ -36,6 +36,7 @@ def plain_epochs(
         smoothing=config.label_smoothing,
         preprocess=lambda x, key: prepare(x),
         one_draw=config.build_one_draw(),
+        stratify=config.stratify,
     )
     images, labels = jnp.asarray(dataset.train.images), jnp.asarray(dataset.train.labels)
     key = jax.random.key(config.seed)

@@ -109,6 +109,7 @@ def _steps(config: RunConfig, task: Task, graphdef: Any, total_steps: int) -> St
         smoothing=config.label_smoothing,
         preprocess=lambda x, key: prepare(augment(x, key, flip=flip, pad=pad)),
         one_draw=config.build_one_draw(),
+        stratify=config.stratify,
     )
     return Steps(optimizer, train_step, make_eval_step(graphdef, preprocess=prepare))
 

@@ -45,8 +45,8 @@ def parse(axis: Axis, text: str) -> Spec:
 
     Args:
       axis: what ``NAME`` is the name of. A model takes the options width, stem and checkpoint; a
-        recipe bits, keep, sampler, importance, groups, prune, scale, clip and one_draw; an
-        optimizer learning_rate, weight_decay, momentum and schedule; a data set these and all
+        recipe bits, keep, sampler, importance, groups, prune, scale, clip, one_draw and stratify;
+        an optimizer learning_rate, weight_decay, momentum and schedule; a data set these and all
         others, such as epochs, limit and from_scratch.
       text: the point. An option without a value is true. Without a label, the text is the label.
 

@@ -26,8 +26,9 @@ _RECIPES = (
     "qat",
     "psq1",
     "fqt1",
-    "shared norm=fqt1:prune=shared,importance=norm",
-    "one draw=fqt1:one_draw",
+    "fqt1_plus",
+    "fqt1_plus:stratify",
+    "fqt1:one_draw",
 )
 
 

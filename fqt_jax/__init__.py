@@ -19,6 +19,7 @@ from fqt_jax.pruning import Selection as Selection
 from fqt_jax.pruning import keep_probabilities as keep_probabilities
 from fqt_jax.pruning import prune as prune
 from fqt_jax.recipe import FQT1 as FQT1
+from fqt_jax.recipe import FQT1_PLUS as FQT1_PLUS
 from fqt_jax.recipe import FULL_PRECISION as FULL_PRECISION
 from fqt_jax.recipe import PSQ1 as PSQ1
 from fqt_jax.recipe import QAT as QAT

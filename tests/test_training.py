@@ -215,3 +215,17 @@ def test_bad_optimizers_are_named(options, message):
 def test_a_head_that_is_not_there_is_an_error():
     with pytest.raises(ValueError, match="head's pattern"):
         OptimizerConfig().build({"fc": jnp.ones(1)}, 10)
+
+
+def test_a_stratified_step_does_not_depend_on_the_order_of_the_labels():
+    images, labels = data()
+    batch = np.array([0, 3, 6, 1, 4, 7, 2, 5, 8])  # three of each label, one after the other
+    mixed = batch.reshape(3, 3).T.ravel()
+
+    def params(indices, *, stratify):
+        graphdef, state = create_state(small_model(), optax.sgd(0.1))
+        step = make_train_step(graphdef, optax.sgd(0.1), stratify=stratify)
+        return step(state, images, labels, jnp.asarray(indices), jax.random.key(0))[0].params
+
+    assert equal(params(batch, stratify=False), params(mixed, stratify=True))
+    assert not equal(params(batch, stratify=False), params(mixed, stratify=False))
