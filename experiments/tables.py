@@ -44,7 +44,7 @@ PRESETS = {
     "embedded": Preset(
         datasets=(
             "mnist5k to digits=digits:epochs=10,batch_size=64,learning_rate=1e-3",
-            "mnist5k from scratch=mnist5k:from_scratch,epochs=8,learning_rate=2e-3",
+            "mnist5k from scratch=mnist5k:from_scratch,epochs=8,learning_rate=4e-3",
         ),
         models=("vgg_small:width=1", "resnet18:width=0.25"),
     ),
@@ -79,6 +79,8 @@ class TablesConfig(SweepConfig):
     """Recipes, as [LABEL=]NAME[:OPTION=VALUE,...]."""
     optimizer: str = "adam"
     """Optimizer, with the options weight_decay, momentum and schedule."""
+    jobs: int = 2
+    """Processes at a time. Most of a short run is compilation, on one core."""
     low: str = "psq1"
     """The recipe, by its label, over which the gain is counted."""
     high: str = "qat"
