@@ -34,10 +34,11 @@ _RECIPES = (
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """Axes of a table."""
+    """Axes of a table, and how many of its processes run at a time."""
 
     datasets: tuple[str, ...]
     models: tuple[str, ...]
+    jobs: int
 
 
 PRESETS = {
@@ -47,6 +48,7 @@ PRESETS = {
             "mnist5k from scratch=mnist5k:from_scratch,epochs=8,learning_rate=4e-3",
         ),
         models=("vgg_small:width=1", "resnet18:width=0.25"),
+        jobs=2,  # most of a short run is compilation, on one core
     ),
     "paper": Preset(
         datasets=(
@@ -58,6 +60,7 @@ PRESETS = {
             "caltech_birds2011",
         ),
         models=("vgg16:width=1", "resnet18:width=1"),
+        jobs=1,
     ),
 }
 """``embedded`` needs no download; ``paper`` is the paper's, at its rates and number of epochs, from
@@ -79,8 +82,8 @@ class TablesConfig(SweepConfig):
     """Recipes, as [LABEL=]NAME[:OPTION=VALUE,...]."""
     optimizer: str = "adam"
     """Optimizer, with the options weight_decay, momentum and schedule."""
-    jobs: int = 2
-    """Processes at a time. Most of a short run is compilation, on one core."""
+    jobs: int = 0
+    """Processes at a time; 0 for the preset's, 2 for embedded and 1 for paper."""
     low: str = "psq1"
     """The recipe, by its label, over which the gain is counted."""
     high: str = "qat"
@@ -91,6 +94,8 @@ class TablesConfig(SweepConfig):
     def __post_init__(self) -> None:
         if not self.models:
             object.__setattr__(self, "models", PRESETS[self.preset].models)
+        if self.jobs == 0:
+            object.__setattr__(self, "jobs", PRESETS[self.preset].jobs)
         super().__post_init__()
 
 
