@@ -1,5 +1,6 @@
 """Strict settings for every test: warnings are errors, no implicit promotion, several devices."""
 
+import functools
 import os
 import pathlib
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
+
+from fqt_jax.models import MODELS, VGG
 
 jax.config.update("jax_num_cpu_devices", 4)
 # Nearly all of a test's time is compilation; the workers share what they compile.
@@ -43,3 +46,9 @@ def relaxed_promotion() -> Iterator[None]:
 def own_folder(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty folder as the working directory."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def tiny_vgg(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of two convolutions in place of vgg_small's six: most of a run is compilation."""
+    monkeypatch.setitem(MODELS, "vgg_small", functools.partial(VGG, ((32,), (32,))))

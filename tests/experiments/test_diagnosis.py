@@ -8,7 +8,7 @@ import pytest
 from experiments import cli, diagnosis
 from experiments.finetune import FinetuneConfig, main
 
-pytestmark = pytest.mark.usefixtures("relaxed_promotion", "own_folder")
+pytestmark = pytest.mark.usefixtures("relaxed_promotion", "own_folder", "tiny_vgg")
 
 
 def tiny(out: str, **changes) -> FinetuneConfig:
@@ -45,7 +45,7 @@ def test_a_diagnosed_run_trains_and_resumes_as_one_that_is_not(monkeypatch, caps
     found = [line.pop("diagnosis") for line in whole]
     assert whole == lines("plain")
     flips = [value for name, value in found[0].items() if name.endswith("sign_flip_ratio")]
-    assert len(flips) == 5
+    assert len(flips) == 1  # of one quantized layer
     assert all(0 < ratio < 1 for ratio in flips)
     assert found[0] != found[1]
 

@@ -21,7 +21,7 @@ from fqt_jax.training import Metrics
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-pytestmark = pytest.mark.usefixtures("relaxed_promotion", "own_folder")
+pytestmark = pytest.mark.usefixtures("relaxed_promotion", "own_folder", "tiny_vgg")
 
 
 def tiny(**changes) -> FinetuneConfig:

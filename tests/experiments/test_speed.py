@@ -104,6 +104,7 @@ def test_ratios_follow_from_the_medians():
     assert alone["qat/xla"]["speedup"] == {}
 
 
+@pytest.mark.usefixtures("tiny_vgg")
 def test_a_jax_contender_steps_and_its_parts_change_what_they_should():
     contender = JaxContender("fqt1/xla", FQT1, "xla")
     contender.build(TINY)
@@ -171,6 +172,7 @@ def test_a_long_dot_is_timed_in_part(monkeypatch):
         assert run().shape == ((10 if m > k else m), 3)
 
 
+@pytest.mark.usefixtures("tiny_vgg")
 def test_layers_and_check_in_process(capsys):
     config = speed.SpeedConfig(
         model="vgg_small", width=0.125, batch_size=4, image_size=8, repeats=1, layers=True

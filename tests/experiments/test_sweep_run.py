@@ -42,7 +42,7 @@ for name, action in script[json.dumps(request["group"]["base"], sort_keys=True)]
 """
 
 
-pytestmark = pytest.mark.usefixtures("relaxed_promotion", "own_folder")
+pytestmark = pytest.mark.usefixtures("relaxed_promotion", "own_folder", "tiny_vgg")
 
 
 @pytest.fixture

@@ -1,0 +1,55 @@
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from experiments.cli import UserError
+from experiments.estimators import Error, EstimatorsConfig, main, relative_error
+
+pytestmark = pytest.mark.usefixtures("relaxed_promotion", "own_folder", "tiny_vgg")
+
+
+@pytest.mark.parametrize("bias", [0.0, 0.5])
+def test_bias_and_noise_are_told_apart(rng, bias):
+    draws = bias + 2 * rng.standard_normal((1600, 50))
+    square = float(np.square(draws).sum(1).mean())
+    error = relative_error(draws.reshape(200, 8, 50).mean(1), square, 1600, norm=50**0.5)
+    assert error.noise == pytest.approx(2, rel=0.02)
+    assert error.bias == pytest.approx(bias, rel=0.1)
+    assert 0 < error.least < 0.25
+
+
+def test_no_deviation_is_no_error():
+    assert relative_error(np.zeros((4, 3)), 0.0, 32, norm=1.0) == Error(0.0, 0.0, 0.0)
+
+
+def test_the_experiment_tells_the_biased_estimator(capsys):
+    estimators = ("qat", "fqt1_plus:stratify", "top=fqt1:sampler=topk,keep=0.1")
+    options = {"limit": 64, "width": 0.25, "batch_size": 16, "images": 16, "epochs": 1}
+    main(EstimatorsConfig(**options, estimators=estimators, draws=64, out=pathlib.Path("run")))
+    found = json.loads(pathlib.Path("run/errors.json").read_text())
+    exact, plus, top = (found[label.partition("=")[0]] for label in estimators)
+    assert [error["noise"] for error in exact] == [0.0, 0.0]
+    assert all(error["noise"] > 0 and error["bias"] == 0 for error in plus)
+    assert all(error["bias"] > 0.8 > error["least"] for error in top)
+    text = pathlib.Path("run/tables.md").read_text()
+    assert "| qat | 32 |" in text
+    assert "| fqt1_plus:stratify | 1 |" in text
+    assert "written to run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"draws": 10}, "draws must be a multiple of 8"),
+        ({"images": 1}, "images must be at least 2"),
+        ({"estimators": ("full_precision",)}, "'full_precision' must be binary"),
+        ({"estimators": ("fqt1:scale=learned",)}, "no parameters of its own"),
+        ({"estimators": ()}, "at least one recipe"),
+        ({"resume": pathlib.Path("run")}, "cannot resume"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(UserError, match=message):
+        EstimatorsConfig(**options)
