@@ -54,9 +54,11 @@ def main(config: ReportConfig) -> None:
     write_text(config.out.with_suffix(".tex"), "\n".join(t.to_latex() for t in tables))
     for table in tables:
         table.show()
+    count = len(found.runs)
+    names = [config.out.with_suffix(suffix).name for suffix in (".md", ".tex")]
     print(
-        f"{len(found.runs)} runs, written to {config.out}, and as tables to "
-        f"{config.out.with_suffix('.md').name} and {config.out.with_suffix('.tex').name}"
+        f"{count} run{'' if count == 1 else 's'}, written to {config.out}, and as tables to "
+        f"{' and '.join(names)}"
     )
 
 
@@ -156,7 +158,8 @@ def _options(found: Found, groups: Sequence[Group]) -> str:
     layers = "".join(_layers(one) for one in groups)
     return (
         f"<section><h2>Options</h2>{differences}"
-        f"<details><summary>What all runs have alike</summary>{_wide(alike)}</details>"
+        '<details class="options"><summary>What all runs have alike</summary>'
+        f"{_wide(alike)}</details>"
         f"<details><summary>Folders</summary>{_wide(places)}</details>{layers}</section>"
     )
 
@@ -203,12 +206,6 @@ _STYLE = """
 @media (prefers-color-scheme: dark) {
   :root { --paper: #16181b; --ink: #e4e6e9; --faint: #9aa0a8; --line: #373b41; --band: #1f2226; }
 }
-@media print {
-  :root { --paper: #ffffff; --ink: #000000; --faint: #444444; --line: #bbbbbb; --band: #ffffff; }
-  details:not([open]) { display: none; }
-  figure, tr { break-inside: avoid; }
-  h2 { break-after: avoid; }
-}
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; }
 main { max-width: 62rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
@@ -227,6 +224,17 @@ figure { margin: 1rem 0; }
 figcaption { font-size: .85rem; }
 summary { cursor: pointer; }
 pre { overflow-x: auto; font-size: .8rem; }
+@media print {
+  :root { --paper: #ffffff; --ink: #000000; --faint: #444444; --line: #bbbbbb; --band: #ffffff; }
+  main { max-width: none; padding: 0; }
+  table { font-size: .62rem; }
+  th, td { padding: .12rem .35rem; }
+  .wide { overflow: visible; }
+  .wide, figure { break-inside: avoid; }
+  h2 { break-after: avoid; }
+  details:not([open], .options) { display: none; }
+  details.options::details-content { content-visibility: visible; block-size: auto; }
+}
 """
 
 if __name__ == "__main__":
