@@ -32,6 +32,7 @@ from fqt_jax.kernels import native, transforms
 from fqt_jax.kernels.contract import Window
 from fqt_jax.kernels.transforms import Flow, Line
 from fqt_jax.layers import QuantConv
+from fqt_jax.norms import RowNorm, with_gradient_of
 from fqt_jax.pooling import max_pool
 from fqt_jax.recipe import Recipe
 from fqt_jax.rounding import seeds_from_key
@@ -131,7 +132,7 @@ def _can_fuse(x: jax.Array, betweens: Sequence[Between], convs: Sequence[Any]) -
         norm: Any = between.norm
         act = between.act
         plain_norm = norm is None or (
-            type(norm) is nnx.BatchNorm
+            type(norm) in (nnx.BatchNorm, RowNorm)
             and norm.scale is not None
             and norm.bias is not None
             and norm.axis_name is None
@@ -226,9 +227,20 @@ def _params_of(between: Between) -> dict[str, jax.Array]:
     return params
 
 
-def _running_of(between: Between) -> tuple[jax.Array, jax.Array] | None:
+class _Running(NamedTuple):
+    """Statistics that a norm holds."""
+
+    mean: jax.Array
+    var: jax.Array
+    weights: jax.Array | None  # of the rows that the gradient of the statistics goes to
+
+
+def _running_of(between: Between) -> _Running | None:
     norm: Any = between.norm
-    return None if norm is None else (norm.mean[...], norm.var[...])
+    if norm is None:
+        return None
+    weights = norm.weights[...] if isinstance(norm, RowNorm) else None
+    return _Running(norm.mean[...], norm.var[...], weights)
 
 
 def _line(
@@ -236,7 +248,7 @@ def _line(
     params: dict[str, jax.Array],
     scale: jax.Array,
     moments: jax.Array | None,
-    running: tuple[jax.Array, jax.Array] | None,
+    running: _Running | None,
 ) -> tuple[Line, tuple[jax.Array, jax.Array] | None]:
     """The function's coefficients, and the statistics of the batch.
 
@@ -253,14 +265,19 @@ def _line(
         down = jnp.where(scale >= 0, slope * scale, scale)
     factor, offset, statistics = one, zero, None
     if shape.has_norm:
-        if shape.uses_running or moments is None:
-            assert running is not None
-            mean, var = running
-        else:
-            mean = up * moments[0] + down * moments[2]
+        assert running is not None
+        mean, var = running.mean, running.var
+        if moments is not None:
+            rows_mean = up * moments[0] + down * moments[2]
             square = up * up * moments[1] + down * down * moments[3]
-            var = jnp.maximum(square - mean * mean, jnp.float32(0))
-            statistics = mean, var
+            if shape.uses_running:
+                # The mean of (y - mean)^2, but for what does not depend on the rows.
+                var = with_gradient_of(var, square - 2 * mean * rows_mean)
+                mean = with_gradient_of(mean, rows_mean)
+            else:
+                mean = rows_mean
+                var = jnp.maximum(square - mean * mean, jnp.float32(0))
+                statistics = mean, var
         factor = params["gamma"] * lax.rsqrt(var + jnp.float32(shape.epsilon))
         offset = params["beta"] - factor * mean
     if act_first or not shape.has_act:
@@ -298,8 +315,9 @@ def _fused_fwd(
     source, scale = x, vary(jnp.ones(x.shape[3], jnp.float32), varying_axes(x))
     nan_samples = jnp.zeros((), jnp.float32)
     for i, shape in enumerate(static.shapes):
-        needs_moments = shape.has_norm and not shape.uses_running
-        moments = transforms.moments(source) if needs_moments else None
+        weights_of_rows = _weights_of_rows(running[i])
+        needs_moments = shape.has_norm and (not shape.uses_running or weights_of_rows is not None)
+        moments = transforms.moments(source, weights_of_rows) if needs_moments else None
         line, of_batch = _line(shape, params[i], scale, moments, running[i])
         kept.moments.append(moments)
         kept.scales.append(scale)
@@ -321,6 +339,10 @@ def _fused_fwd(
         kept.clips.append(clip)
         kept.w_signs.append(w_signs)
     raise AssertionError("a chain ends with what follows its last convolution")
+
+
+def _weights_of_rows(running: _Running | None) -> jax.Array | None:
+    return None if running is None else running.weights
 
 
 def _weights(recipe: Recipe, weight: Any) -> tuple[PackedBits, jax.Array]:
@@ -360,7 +382,8 @@ def _fused_bwd(
             flow = Flow(
                 2 * d_moments[1] / n, d_moments[0] / n, 2 * d_moments[3] / n, d_moments[2] / n
             )
-        g, lo, hi = transforms.gradient(source, line, flow, shape.pool, d, samples)
+        rows = _weights_of_rows(kept.running[i])
+        g, lo, hi = transforms.gradient(source, line, flow, shape.pool, d, samples, rows)
         if i == 0:
             d_weights = [tuple(pair) for pair in d_weights]
             no_running = jax.tree.map(jnp.zeros_like, kept.running)

@@ -13,6 +13,7 @@ from flax import nnx
 
 from fqt_jax.functional import RESIDUAL_NAMES
 from fqt_jax.layers import QuantConv, QuantLinear
+from fqt_jax.norms import RowNorm
 from fqt_jax.pruning import draw
 from fqt_jax.recipe import GradientQuantizer
 from fqt_jax.rounding import seeds_from_key
@@ -32,8 +33,9 @@ class OneDraw:
     in which the layers quantize gradients at their bits and prune no further. The loss of row
     ``i`` has the weight :math:`1 / (n p_i)`.
 
-    Without norms that couple samples, the gradient is unbiased. Batch norm's statistics count as
-    constants here: the part of the gradient that flows through them is left out, which is a bias.
+    Without norms that couple samples, the gradient is unbiased. The part that flows through batch
+    norm's statistics is estimated from the drawn rows (:class:`fqt_jax.norms.RowNorm`), a product
+    of two estimates from one draw: that leaves a bias of the order ``1 / k``.
 
     Args:
       keep: fraction of the samples that is drawn, in (0, 1].
@@ -144,7 +146,10 @@ def drawn_gradients(
 
     def use_batch_statistics(model: Any) -> None:
         for norm in _batch_norms(model):
-            norm.use_running_average = True
+            if type(norm) is nnx.BatchNorm and norm.axis == -1:
+                RowNorm.take_over(norm, drawn.weights * (one_draw.kept(n) / n))
+            else:
+                norm.use_running_average = True
         for _, layer in nnx.iter_modules(model):
             if isinstance(layer, QuantConv | QuantLinear):
                 layer.recipe = layer.recipe.unpruned()

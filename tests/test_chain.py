@@ -15,14 +15,15 @@ from fqt_jax import chain
 from fqt_jax.chain import Between, run_chain
 from fqt_jax.kernels import native
 
-pytestmark = pytest.mark.skipif(
-    native.unavailable() is not None, reason="chains are fused by the native kernels only"
-)
 LEARNED = dataclasses.replace(fqt.QAT, scale="learned")
 UNSCALED = dataclasses.replace(fqt.QAT, scale="none", clip=False)
 
-
-pytestmark = pytest.mark.usefixtures("relaxed_promotion")
+pytestmark = [
+    pytest.mark.usefixtures("relaxed_promotion"),
+    pytest.mark.skipif(
+        native.unavailable() is not None, reason="chains are fused by the native kernels only"
+    ),
+]
 
 
 class Net(nnx.Module):

@@ -43,13 +43,19 @@ class Flow(NamedTuple):
     k0: jax.Array
 
 
-def moments(source: jax.Array) -> jax.Array:
+def moments(source: jax.Array, weights: jax.Array | None = None) -> jax.Array:
     """Means over samples and positions, ``float32[4, C]``.
 
     Of ``s`` and of ``s^2`` where ``s >= 0``, then of both where it is not; entries of the other
     side count as zero.
+
+    Args:
+      source: the source.
+      weights: by how much each sample counts, ``float32[N]``; ``None`` for one. The sum is divided
+        by the number of samples, whatever the weights come to.
     """
-    return native.call("moments", jax.ShapeDtypeStruct((4, source.shape[3]), jnp.float32), source)
+    out = jax.ShapeDtypeStruct((4, source.shape[3]), jnp.float32)
+    return native.call("moments", out, source, _weights(weights))
 
 
 def encode(source: jax.Array, line: Line, pool: int) -> tuple[PackedBits, PackedBits, jax.Array]:
@@ -92,11 +98,18 @@ def gradient_sums(
 
 
 def gradient(
-    source: jax.Array, line: Line, flow: Flow, pool: int, d: jax.Array, samples: jax.Array | None
+    source: jax.Array,
+    line: Line,
+    flow: Flow,
+    pool: int,
+    d: jax.Array,
+    samples: jax.Array | None,
+    weights: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``g``, and its minimum and maximum for each sample and channel, ``float32[N, C]``.
 
-    The gradient of a window's maximum goes to the first entry that attains it.
+    The gradient of a window's maximum goes to the first entry that attains it. The flow into a
+    sample is multiplied by its weight, that of :func:`moments`.
     """
     n, _, _, c = source.shape
     bounds = jax.ShapeDtypeStruct((n, c), jnp.float32)
@@ -108,6 +121,7 @@ def gradient(
         jnp.stack(rows),
         d,
         _indices(samples),
+        _weights(weights),
         pool=np.int64(pool),
         selects_samples=samples is not None,
     )
@@ -123,6 +137,10 @@ def encode_weights(w: jax.Array) -> tuple[PackedBits, jax.Array]:
 
 def _pooled(shape: tuple[int, ...], pool: int) -> tuple[int, ...]:
     return shape[0], shape[1] // pool, shape[2] // pool, shape[3]
+
+
+def _weights(weights: jax.Array | None) -> jax.Array:
+    return jnp.zeros(0, jnp.float32) if weights is None else weights
 
 
 def _indices(samples: jax.Array | None) -> jax.Array:

@@ -26,6 +26,7 @@ class Case:
     pool: int
     d: np.ndarray  # [kept, H // pool, W // pool, C]
     samples: np.ndarray | None
+    weights: np.ndarray | None  # [N], of the moments
 
     @property
     def is_up(self) -> np.ndarray:
@@ -62,7 +63,7 @@ class Case:
 
     def gradient(self) -> np.ndarray:
         _, _, p1, _, p0, _ = self.line.astype(np.float64)
-        h1, k1, h0, k0 = self.flow.astype(np.float64)
+        h1, k1, h0, k0 = self.flow.astype(np.float64)[:, None, None, None] * self.weight
         source, d = self.source.astype(np.float64), self.spread()
         return np.where(self.is_up, p1 * d + h1 * source + k1, p0 * d + h0 * source + k0)
 
@@ -75,7 +76,13 @@ class Case:
         source = self.source.astype(np.float64)
         up = source >= 0
         parts = (source * up, source**2 * up, source * ~up, source**2 * ~up)
+        parts = (part * self.weight for part in parts)
         return np.stack([part.mean((0, 1, 2)) for part in parts])
+
+    @property
+    def weight(self) -> np.ndarray:
+        weights = np.ones(len(self.source)) if self.weights is None else self.weights
+        return weights.astype(np.float64).reshape(-1, 1, 1, 1)
 
     @property
     def operands(self):
@@ -90,7 +97,7 @@ class Case:
         return None if self.samples is None else jnp.asarray(self.samples)
 
 
-def make_case(seed, shape, dtype=np.int16, pool=1, keep=None) -> Case:
+def make_case(seed, shape, dtype=np.int16, pool=1, keep=None, weighted=False) -> Case:
     """Coefficients are small multiples of 1/4, so that float32 is exact and no entry is close to
     an edge without lying on it."""
     rng = np.random.default_rng(seed)
@@ -105,7 +112,8 @@ def make_case(seed, shape, dtype=np.int16, pool=1, keep=None) -> Case:
     if keep is not None:
         samples = np.sort(rng.choice(n, keep, replace=False)).astype(np.int32)
     d = rng.integers(-8, 9, (n if keep is None else keep, h // pool, w // pool, c)) / 4
-    return Case(source, quarters(6), quarters(4), pool, d.astype(np.float32), samples)
+    weights = (rng.integers(0, 9, n) / 4).astype(np.float32) if weighted else None
+    return Case(source, quarters(6), quarters(4), pool, d.astype(np.float32), samples, weights)
 
 
 @st.composite
@@ -115,7 +123,8 @@ def cases(draw) -> Case:
     h, w = draw(st.integers(pool, 7)), draw(st.integers(pool, 7))
     dtype = draw(st.sampled_from([np.int16, np.int32, np.float32]))
     keep = draw(st.one_of(st.none(), st.integers(1, n)))
-    return make_case(draw(st.integers(0, 2**32 - 1)), (n, h, w, c), dtype, pool, keep)
+    seed, weighted = draw(st.integers(0, 2**32 - 1)), draw(st.booleans())
+    return make_case(seed, (n, h, w, c), dtype, pool, keep, weighted)
 
 
 @given(cases())
@@ -132,7 +141,7 @@ def test_forward_is_exact(case):
 def test_backward(case):
     flow = Flow(*jnp.asarray(case.flow))
     source, line, pool = case.operands
-    g, lo, hi = transforms.gradient(source, line, flow, pool, case.d, case.kept)
+    g, lo, hi = transforms.gradient(source, line, flow, pool, case.d, case.kept, case.weights)
     np.testing.assert_array_equal(g, case.gradient())
     np.testing.assert_array_equal(lo, np.asarray(g).min((1, 2)))
     np.testing.assert_array_equal(hi, np.asarray(g).max((1, 2)))
@@ -142,7 +151,7 @@ def test_backward(case):
 
 @given(cases())
 def test_moments(case):
-    moments = transforms.moments(jnp.asarray(case.source))
+    moments = transforms.moments(jnp.asarray(case.source), case.weights)
     np.testing.assert_allclose(moments, case.moments(), rtol=1e-6, atol=1e-6)
 
 
@@ -160,11 +169,11 @@ def _everything(case):
     source, line, pool = case.operands
     flow = Flow(*jnp.asarray(case.flow))
     out = (
-        transforms.moments(source),
+        transforms.moments(source, case.weights),
         transforms.activate(source, line, pool),
         transforms.encode(source, line, pool),
         transforms.gradient_sums(source, line, pool, case.d, case.kept),
-        transforms.gradient(source, line, flow, pool, case.d, case.kept),
+        transforms.gradient(source, line, flow, pool, case.d, case.kept, case.weights),
         transforms.encode_weights(jnp.asarray(case.d).reshape(-1, case.d.shape[3])),
     )
     return [np.asarray(a) for a in jax.tree.leaves(out)]
@@ -175,7 +184,7 @@ def _everything(case):
 def test_instruction_sets_agree_bit_for_bit(dtype, pool):
     from fqt_jax.kernels import _native
 
-    case = make_case(0, (5, 9, 8, 37), dtype, pool, keep=2)
+    case = make_case(0, (5, 9, 8, 37), dtype, pool, keep=2, weighted=True)
     case.line = case.line + np.random.default_rng(1).standard_normal((6, 37)).astype(np.float32)
     best = _native.current_isa()
     expected = _everything(case)
@@ -205,6 +214,7 @@ def test_nan_is_seen():
         np.testing.assert_array_equal(np.isnan(bound), np.tile(np.arange(33) == 5, (3, 1)))
 
 
+NONE = jnp.zeros(0, jnp.float32)
 SHAPES = {
     "moments": (jax.ShapeDtypeStruct((4, 8), jnp.float32),),
     "activate": (jax.ShapeDtypeStruct((2, 4, 4, 8), jnp.float32),),
@@ -214,10 +224,11 @@ SHAPES = {
 @pytest.mark.parametrize(
     ("name", "operands", "options", "message"),
     [
-        ("moments", (jnp.zeros((2, 4, 8), jnp.int16),), {}, "four axes"),
-        ("moments", (jnp.zeros((2, 4, 4, 8), jnp.int8),), {}, "int16, int32 or float32"),
-        ("moments", (jnp.zeros((0, 4, 4, 8), jnp.int16),), {}, "not be empty"),
-        ("moments", (jnp.zeros((2, 4, 4, 9), jnp.int16),), {}, "wrong shape"),
+        ("moments", (jnp.zeros((2, 4, 8), jnp.int16), NONE), {}, "four axes"),
+        ("moments", (jnp.zeros((2, 4, 4, 8), jnp.int8), NONE), {}, "int16, int32 or float32"),
+        ("moments", (jnp.zeros((0, 4, 4, 8), jnp.int16), NONE), {}, "not be empty"),
+        ("moments", (jnp.zeros((2, 4, 4, 9), jnp.int16), NONE), {}, "wrong shape"),
+        ("moments", (jnp.zeros((2, 4, 4, 8), jnp.int16), jnp.zeros(3)), {}, "weights must have"),
         ("activate", (jnp.zeros((2, 4, 4, 8), jnp.int16), jnp.zeros((6, 7))), {}, "coefficients"),
         ("activate", (jnp.zeros((2, 4, 4, 8), jnp.int16), jnp.zeros((5, 8))), {}, "coefficients"),
         (

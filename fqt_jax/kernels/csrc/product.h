@@ -95,7 +95,8 @@ struct MomentsArgs {
   Shape shape;
   const void* s;
   SourceType type;
-  float* moments;  // [4, c]
+  const float* weights;  // [n]: how much each sample counts; null where all count one
+  float* moments;        // [4, c]
 };
 
 struct EncodeArgs {
@@ -121,8 +122,9 @@ struct GradientArgs {
   TransformArgs transform;
   const float* d;
   Kept samples;
-  float* g;         // [n, h, w, c]
-  float *lo, *hi;   // [n, c]
+  const float* weights;  // of the moments
+  float* g;              // [n, h, w, c]
+  float *lo, *hi;        // [n, c]
 };
 
 struct EncodeWeightsArgs {

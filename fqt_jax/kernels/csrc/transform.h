@@ -122,10 +122,11 @@ class ChannelSums {
   ChannelSums(int64_t samples, int64_t quantities, int64_t c)
       : samples_(samples), size_(quantities * c), sums_(samples * size_) {}
 
-  void add_row(int64_t n, int64_t y, const float* row) const {
+  void add_row(int64_t n, int64_t y, const float* row, float weight = 1.0f) const {
     double* sums = sums_.data() + n * size_;
+    const auto factor = static_cast<double>(weight);
     if (y == 0) std::fill_n(sums, size_, 0.0);
-    for (int64_t k = 0; k < size_; ++k) sums[k] += static_cast<double>(row[k]);
+    for (int64_t k = 0; k < size_; ++k) sums[k] += factor * static_cast<double>(row[k]);
   }
 
   void write(double factor, float* out) const {
@@ -158,7 +159,8 @@ void add_moments(const Source* __restrict s, int64_t positions, int64_t c, float
   }
 }
 
-// Means over samples and positions of s and s^2, where s >= 0 and where it is not.
+// Means over samples and positions of s and s^2, where s >= 0 and where it is not; samples count
+// by their weights.
 template <typename Source>
 class Moments final : public PerSample {
  public:
@@ -173,7 +175,7 @@ class Moments final : public PerSample {
       std::fill_n(row.data(), 4 * c, 0.0f);
       add_moments(static_cast<const Source*>(args_.s) + (n * args_.shape.h + y) * w * c, w, c,
                   row.data(), row.data() + c, row.data() + 2 * c, row.data() + 3 * c);
-      sums_.add_row(n, y, row.data());
+      sums_.add_row(n, y, row.data(), args_.weights ? args_.weights[n] : 1.0f);
     }
   }
 
@@ -366,6 +368,12 @@ class Gradient final : public PerSample {
     const Shape& shape = transform.shape;
     const int64_t c = shape.c, slot = slots_[static_cast<size_t>(n)];
     GradientRows<Source> gradients(transform, args_.d);
+    const Buffer<float> coefficients(12 * c);
+    std::copy_n(transform.coefficients, 12 * c, coefficients.data());
+    for (const int64_t row : {7, 8, 10, 11}) {  // H1, K1, H0, K0: what flows through moments
+      if (args_.weights == nullptr) break;
+      for (int64_t k = 0; k < c; ++k) coefficients.data()[row * c + k] *= args_.weights[n];
+    }
     const Buffer<float> zeros(c);
     std::fill_n(zeros.data(), c, 0.0f);
     float *lo = args_.lo + n * c, *hi = args_.hi + n * c;
@@ -378,7 +386,7 @@ class Gradient final : public PerSample {
       float* g = args_.g + (n * shape.h + y) * shape.w * c;
       for (int64_t x = 0; x < rows * shape.w; ++x, source += c, g += c) {
         const float* here = d == nullptr ? zeros.data() : d + x * c;
-        gradient_position(source, here, c, transform.coefficients, g, lo, hi);
+        gradient_position(source, here, c, coefficients.data(), g, lo, hi);
       }
     }
     for (int64_t k = 0; k < c; ++k) {

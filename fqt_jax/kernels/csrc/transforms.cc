@@ -49,12 +49,21 @@ void require_pooled(Dimensions dimensions, const TransformArgs& t, int64_t sampl
           message);
 }
 
-ffi::Future moments(ffi::ThreadPool pool, ffi::AnyBuffer s, ffi::Result<Floats> out) {
+// How much each sample counts in the moments; no weights are ones.
+const float* sample_weights(const Floats& weights, const Shape& shape) {
+  if (weights.element_count() == 0) return nullptr;
+  require(has_shape(weights.dimensions(), {shape.n}), "weights must have one for each sample");
+  return weights.typed_data();
+}
+
+ffi::Future moments(ffi::ThreadPool pool, ffi::AnyBuffer s, Floats weights,
+                    ffi::Result<Floats> out) {
   return guarded([&] {
     const Shape shape = source_shape(s);
     require(has_shape(out->dimensions(), {4, shape.c}), "moments have the wrong shape");
-    return run_tasks(current_kernels().moments(
-                         {shape, s.untyped_data(), source_type(s), out->typed_data()}),
+    return run_tasks(current_kernels().moments({shape, s.untyped_data(), source_type(s),
+                                                sample_weights(weights, shape),
+                                                out->typed_data()}),
                      pool, transform_threads(pool, entries(shape)));
   });
 }
@@ -102,7 +111,7 @@ ffi::Future gradient_sums(ffi::ThreadPool pool, ffi::AnyBuffer s, Floats coeffic
 }
 
 ffi::Future gradient(ffi::ThreadPool pool, ffi::AnyBuffer s, Floats coefficients, Floats d,
-                     Ints indices, ffi::Result<Floats> g, ffi::Result<Floats> lo,
+                     Ints indices, Floats weights, ffi::Result<Floats> g, ffi::Result<Floats> lo,
                      ffi::Result<Floats> hi, int64_t window, bool selects_samples) {
   return guarded([&] {
     const TransformArgs t = make_transform(s, coefficients, kBackwardRows, window);
@@ -114,7 +123,8 @@ ffi::Future gradient(ffi::ThreadPool pool, ffi::AnyBuffer s, Floats coefficients
     require(has_shape(lo->dimensions(), {shape.n, shape.c}) &&
                 has_shape(hi->dimensions(), {shape.n, shape.c}),
             "the bounds have the wrong shape");
-    return run_tasks(current_kernels().gradient({t, d.typed_data(), samples, g->typed_data(),
+    return run_tasks(current_kernels().gradient({t, d.typed_data(), samples,
+                                                 sample_weights(weights, shape), g->typed_data(),
                                                  lo->typed_data(), hi->typed_data()}),
                      pool, transform_threads(pool, entries(shape)));
   });
@@ -143,6 +153,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(FqtMoments, moments,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<Floats>()
                                   .Ret<Floats>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(FqtEncode, encode,
@@ -181,6 +192,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(FqtGradient, gradient,
                                   .Arg<Floats>()
                                   .Arg<Floats>()
                                   .Arg<Ints>()
+                                  .Arg<Floats>()
                                   .Ret<Floats>()
                                   .Ret<Floats>()
                                   .Ret<Floats>()
