@@ -40,11 +40,9 @@ class Variant(NamedTuple):
 
 SPEED_RECIPES: dict[str, Variant] = {
     **{name: Variant(recipe) for name, recipe in RECIPES.items()},
-    "fqt1_shared": Variant(dataclasses.replace(FQT1, prune="shared")),
     "fqt1_one_draw": Variant(FQT1, {"one_draw": OneDraw()}),
 }
-"""The named recipes; FQT1 with the input gradient's samples kept for the weight gradient, and with
-samples drawn once a step."""
+"""The named recipes, and FQT1 with samples drawn once a step."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,14 +43,13 @@ class SpeedConfig:
 
     recipes: tuple[str, ...] = (
         "fqt1",
-        "fqt1_shared",
+        "fqt1_plus",
         "fqt1_one_draw",
         "psq1",
         "qat",
         "full_precision",
     )
-    """The library's recipes; fqt1_shared is fqt1 with prune=shared, fqt1_one_draw draws the
-    samples of its backward pass once a step."""
+    """The library's recipes; fqt1_one_draw draws the samples of its backward pass once a step."""
     implementations: tuple[str, ...] = ()
     """Of the kernels: names, or all for all that are available, the default of --check and
     --layers; the steps' default is auto, the best for each product."""
