@@ -328,6 +328,8 @@ bool check(uint64_t seed) {
   return is_good;
 }
 
+#include "transforms.h"
+
 }  // namespace
 }  // namespace fqt
 
@@ -336,10 +338,13 @@ int main(int argc, char** argv) {
   const uint64_t first = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 0;
   const uint64_t cases = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 100;
   uint64_t failed = 0;
-  for (uint64_t seed = first; seed < first + cases; ++seed) failed += !fqt::check(seed);
+  for (uint64_t seed = first; seed < first + cases; ++seed) {
+    failed += !fqt::check(seed);
+    failed += !fqt::check_transforms(seed);
+  }
   for (const fqt::Kernels* kernels : fqt::supported_kernels()) std::printf("%s ", kernels->isa);
   std::printf("kernels: %llu of %llu cases agree with the reference\n",
-              static_cast<unsigned long long>(cases - failed),
-              static_cast<unsigned long long>(cases));
+              static_cast<unsigned long long>(2 * cases - failed),
+              static_cast<unsigned long long>(2 * cases));
   return failed != 0;
 }

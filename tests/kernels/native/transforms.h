@@ -1,0 +1,280 @@
+// The scalar reference of what stands between two products, and its comparison with the kernels.
+// Included by check.cc, whose helpers it uses.
+
+struct TransformCase {
+  Random random;
+  Shape shape;
+  SourceType type;
+  int64_t pool;
+  std::vector<int16_t> narrow;
+  std::vector<int32_t> wide;
+  std::vector<float> real;
+  std::vector<float> coefficients;  // twelve rows
+  std::vector<int32_t> indices;     // of the kept samples
+  bool is_selected, is_weighted;
+  std::vector<float> d, weights;
+
+  explicit TransformCase(uint64_t seed)
+      : random(seed),
+        shape{pick(random, 1, 5), pick(random, 1, 9), pick(random, 1, 9),
+              choose<int64_t>(random, {1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 64, 65, 100})},
+        type(choose(random, {SourceType::kInt16, SourceType::kInt32, SourceType::kFloat32})),
+        pool(pick(random, 1, std::min<int64_t>(3, std::min(shape.h, shape.w)))),
+        is_selected(pick(random, 0, 1) == 1),
+        is_weighted(pick(random, 0, 1) == 1) {
+    std::normal_distribution<float> normal;
+    const bool is_special = pick(random, 0, 3) == 0;
+    auto value = [&](float v) { return is_special ? special(random, v) : v; };
+    for (int64_t i = 0; i < shape.n * shape.h * shape.w * shape.c; ++i) {
+      // Few values, so that several entries of a window are its maximum.
+      narrow.push_back(static_cast<int16_t>(pick(random, -9, 9)));
+      wide.push_back(static_cast<int32_t>(pick(random, -9, 9)));
+      real.push_back(value(static_cast<float>(pick(random, -9, 9)) / 4));
+    }
+    for (int64_t i = 0; i < 12 * shape.c; ++i) coefficients.push_back(value(normal(random)));
+    for (int32_t i = 0; i < shape.n; ++i) {
+      if (!is_selected || pick(random, 0, 1) == 1) indices.push_back(i);
+      weights.push_back(static_cast<float>(pick(random, 0, 8)) / 4);
+    }
+    if (indices.empty()) indices.push_back(0);
+    for (int64_t i = 0; i < kept().count * rows_out() * columns_out() * shape.c; ++i) {
+      d.push_back(value(normal(random)));
+    }
+  }
+
+  int64_t rows_out() const { return shape.h / pool; }
+  int64_t columns_out() const { return shape.w / pool; }
+  Kept kept() const {
+    const auto count = static_cast<int64_t>(indices.size());
+    return {count, is_selected ? indices.data() : nullptr, nullptr};
+  }
+  const float* sample_weights() const { return is_weighted ? weights.data() : nullptr; }
+  float weight(int64_t n) const { return is_weighted ? weights[static_cast<size_t>(n)] : 1.0f; }
+  const void* source() const {
+    switch (type) {
+      case SourceType::kInt16: return narrow.data();
+      case SourceType::kInt32: return wide.data();
+      default: return real.data();
+    }
+  }
+  TransformArgs args() const { return {shape, source(), type, coefficients.data(), pool}; }
+
+  size_t at(int64_t n, int64_t y, int64_t x, int64_t k) const {
+    return static_cast<size_t>(((n * shape.h + y) * shape.w + x) * shape.c + k);
+  }
+  float s(size_t i) const {
+    switch (type) {
+      case SourceType::kInt16: return static_cast<float>(narrow[i]);
+      case SourceType::kInt32: return static_cast<float>(wide[i]);
+      default: return real[i];
+    }
+  }
+  float row(int64_t i, int64_t k) const {
+    return coefficients[static_cast<size_t>(i * shape.c + k)];
+  }
+  bool is_up(float v, int64_t k) const { return row(0, k) * v + row(1, k) >= 0.0f; }
+  float t(int64_t n, int64_t y, int64_t x, int64_t k) const {
+    const float v = s(at(n, y, x, k));
+    return is_up(v, k) ? row(2, k) * v + row(3, k) : row(4, k) * v + row(5, k);
+  }
+  float pooled(int64_t n, int64_t y, int64_t x, int64_t k) const {
+    float most = t(n, y * pool, x * pool, k);
+    for (int64_t i = 1; i < pool * pool; ++i) {
+      const float next = t(n, y * pool + i / pool, x * pool + i % pool, k);
+      most = most > next ? most : next;
+    }
+    return most;
+  }
+
+  std::vector<float> activated() const {
+    std::vector<float> out;
+    for (int64_t n = 0; n < shape.n; ++n) {
+      for (int64_t y = 0; y < rows_out(); ++y) {
+        for (int64_t x = 0; x < columns_out(); ++x) {
+          for (int64_t k = 0; k < shape.c; ++k) out.push_back(pooled(n, y, x, k));
+        }
+      }
+    }
+    return out;
+  }
+
+  // d on the entries before pooling, zero where a sample was not kept.
+  std::vector<float> spread() const {
+    std::vector<float> out(narrow.size());
+    for (int64_t slot = 0; slot < kept().count; ++slot) {
+      const int64_t n = kept().index(slot);
+      for (int64_t y = 0; y < rows_out(); ++y) {
+        for (int64_t x = 0; x < columns_out(); ++x) {
+          for (int64_t k = 0; k < shape.c; ++k) {
+            const float here = d[static_cast<size_t>(
+                ((slot * rows_out() + y) * columns_out() + x) * shape.c + k)];
+            for (int64_t i = 0; i < pool * pool; ++i) {
+              const int64_t from_y = y * pool + i / pool, from_x = x * pool + i % pool;
+              if (pool > 1 && t(n, from_y, from_x, k) != pooled(n, y, x, k)) continue;
+              out[at(n, from_y, from_x, k)] = here;
+              break;
+            }
+          }
+        }
+      }
+    }
+    return out;
+  }
+
+  std::vector<float> moments() const {
+    std::vector<double> sums(static_cast<size_t>(4 * shape.c));
+    for (int64_t n = 0; n < shape.n; ++n) {
+      std::vector<double> of_sample(sums.size());
+      for (int64_t y = 0; y < shape.h; ++y) {
+        std::vector<float> of_row(sums.size());
+        for (int64_t x = 0; x < shape.w; ++x) {
+          for (int64_t k = 0; k < shape.c; ++k) {
+            const float v = s(at(n, y, x, k));
+            const float high = v >= 0.0f ? v : 0.0f, low = v >= 0.0f ? 0.0f : v;
+            const float parts[] = {high, high * high, low, low * low};
+            for (int64_t q = 0; q < 4; ++q) of_row[static_cast<size_t>(q * shape.c + k)] += parts[q];
+          }
+        }
+        for (size_t i = 0; i < sums.size(); ++i) {
+          of_sample[i] += static_cast<double>(weight(n)) * static_cast<double>(of_row[i]);
+        }
+      }
+      for (size_t i = 0; i < sums.size(); ++i) sums[i] += of_sample[i];
+    }
+    std::vector<float> out;
+    const auto count = static_cast<double>(shape.n * shape.h * shape.w);
+    for (double sum : sums) out.push_back(static_cast<float>(sum * (1.0 / count)));
+    return out;
+  }
+
+  std::vector<float> gradient_sums() const {
+    const std::vector<float> spread_d = spread();
+    std::vector<double> sums(static_cast<size_t>(4 * shape.c));
+    for (int64_t slot = 0; slot < kept().count; ++slot) {
+      const int64_t n = kept().index(slot);
+      std::vector<double> of_sample(sums.size());
+      for (int64_t y = 0; y < rows_out(); ++y) {
+        std::vector<float> of_row(sums.size());
+        for (int64_t i = y * pool * shape.w; i < (y + 1) * pool * shape.w; ++i) {
+          for (int64_t k = 0; k < shape.c; ++k) {
+            const size_t entry = at(n, i / shape.w, i % shape.w, k);
+            const float v = s(entry);
+            const float high = is_up(v, k) ? spread_d[entry] : 0.0f;
+            const float low = is_up(v, k) ? 0.0f : spread_d[entry];
+            const float parts[] = {high, high * v, low, low * v};
+            for (int64_t q = 0; q < 4; ++q) of_row[static_cast<size_t>(q * shape.c + k)] += parts[q];
+          }
+        }
+        for (size_t i = 0; i < sums.size(); ++i) of_sample[i] += static_cast<double>(of_row[i]);
+      }
+      for (size_t i = 0; i < sums.size(); ++i) sums[i] += of_sample[i];
+    }
+    return {sums.begin(), sums.end()};
+  }
+
+  std::vector<float> gradient() const {
+    const std::vector<float> spread_d = spread();
+    std::vector<float> out(narrow.size());
+    for (int64_t n = 0; n < shape.n; ++n) {
+      for (int64_t i = 0; i < shape.h * shape.w; ++i) {
+        for (int64_t k = 0; k < shape.c; ++k) {
+          const size_t entry = at(n, i / shape.w, i % shape.w, k);
+          const float v = s(entry);
+          const int64_t side = is_up(v, k) ? 6 : 9;
+          const float h = is_weighted ? row(side + 1, k) * weight(n) : row(side + 1, k);
+          const float flow = is_weighted ? row(side + 2, k) * weight(n) : row(side + 2, k);
+          out[entry] = row(side, k) * spread_d[entry] + (h * v + flow);
+        }
+      }
+    }
+    return out;
+  }
+
+  // The least, or the greatest, of each sample and channel; NaN where nothing else is there.
+  std::vector<float> bounds(const std::vector<float>& g, bool is_least) const {
+    const float none = std::numeric_limits<float>::infinity();
+    std::vector<float> out(static_cast<size_t>(shape.n * shape.c), is_least ? none : -none);
+    for (size_t i = 0; i < g.size(); ++i) {
+      const size_t c = static_cast<size_t>(shape.c);
+      float& bound = out[i / (static_cast<size_t>(shape.h * shape.w) * c) * c + i % c];
+      if (is_least ? g[i] < bound : g[i] > bound) bound = g[i];
+    }
+    return out;
+  }
+};
+
+// Bits of rows as PackedBits.
+template <typename Test>
+std::vector<uint32_t> packed(const std::vector<float>& values, int64_t rows, Test test) {
+  const int64_t size = static_cast<int64_t>(values.size()) / rows, words = (size + 31) / 32;
+  std::vector<uint32_t> out(static_cast<size_t>(rows * words));
+  for (int64_t i = 0; i < rows * size; ++i) {
+    const uint32_t bit = test(values[static_cast<size_t>(i)]);
+    out[static_cast<size_t>(i / size * words + i % size / 32)] |= bit << (i % size % 32);
+  }
+  return out;
+}
+
+bool check_transforms(uint64_t seed) {
+  TransformCase c(seed);
+  const Shape& shape = c.shape;
+  const auto positive = [](float v) { return v >= 0.0f ? 1u : 0u; };
+  const auto inside = [](float v) { return std::fabs(v) <= 1.0f ? 1u : 0u; };
+  const std::vector<float> t = c.activated(), moments = c.moments(), g = c.gradient(),
+                           sums = c.gradient_sums(), lo = c.bounds(g, true), hi = c.bounds(g, false);
+  bool is_good = true;
+  for (const Kernels* kernels : supported_kernels()) {
+    auto expect = [&](bool condition, const char* kernel) {
+      if (condition) return;
+      is_good = false;
+      std::printf("seed %llu: %s of %s differs (n %lld h %lld w %lld c %lld pool %lld)\n",
+                  static_cast<unsigned long long>(seed), kernel, kernels->isa,
+                  static_cast<long long>(shape.n), static_cast<long long>(shape.h),
+                  static_cast<long long>(shape.w), static_cast<long long>(shape.c),
+                  static_cast<long long>(c.pool));
+    };
+    const float garbage = 12345;
+    std::vector<float> out(t.size(), garbage);
+    run(kernels->activate({c.args(), out.data()}), c.random);
+    expect(same(out, t), "activate");
+    const std::vector<uint32_t> signs = packed(t, shape.n, positive), clip = packed(t, shape.n, inside);
+    std::vector<uint32_t> got_signs(signs.size(), 99), got_clip(clip.size(), 99);
+    std::vector<float> nan(static_cast<size_t>(shape.n), garbage);
+    const auto words = static_cast<int64_t>(signs.size()) / shape.n;
+    run(kernels->encode({c.args(), got_signs.data(), got_clip.data(), words, nan.data()}), c.random);
+    expect(got_signs == signs && got_clip == clip, "encode");
+    out.assign(moments.size(), garbage);
+    run(kernels->moments({shape, c.source(), c.type, c.sample_weights(), out.data()}), c.random);
+    expect(same(out, moments), "moments");
+    out.assign(sums.size(), garbage);
+    run(kernels->gradient_sums({c.args(), c.d.data(), c.kept(), out.data()}), c.random);
+    expect(same(out, sums), "gradient_sums");
+    out.assign(g.size(), garbage);
+    std::vector<float> got_lo(lo.size(), garbage), got_hi(hi.size(), garbage);
+    run(kernels->gradient({c.args(), c.d.data(), c.kept(), c.sample_weights(), out.data(),
+                           got_lo.data(), got_hi.data()}),
+        c.random);
+    expect(same(out, g), "gradient");
+    for (size_t i = 0; i < lo.size(); ++i) {
+      const bool is_empty = lo[i] > hi[i];  // all NaN
+      expect(is_empty ? got_lo[i] != got_lo[i] : got_lo[i] == lo[i] && got_hi[i] == hi[i], "bounds");
+    }
+    const int64_t rows = static_cast<int64_t>(c.real.size()) / shape.c;
+    const std::vector<uint32_t> of_weights = packed(c.real, 1, positive);
+    std::vector<uint32_t> got(of_weights.size(), 99);
+    std::vector<float> scale(static_cast<size_t>(shape.c), garbage);
+    run(kernels->encode_weights({c.real.data(), rows, shape.c, got.data(), scale.data()}), c.random);
+    expect(got == of_weights, "encode_weights");
+    for (int64_t k = 0; k < shape.c; ++k) {
+      double mean = 0;
+      for (int64_t i = 0; i < rows; ++i) {
+        mean += std::fabs(static_cast<double>(c.real[static_cast<size_t>(i * shape.c + k)])) /
+                static_cast<double>(rows);
+      }
+      const auto found = static_cast<double>(scale[static_cast<size_t>(k)]);
+      const bool is_close = std::fabs(found - mean) <= 1e-5 * mean + 1e-30;
+      expect(is_close || found == mean || (found != found && mean != mean) || mean > 1e38, "scale");
+    }
+  }
+  return is_good;
+}
