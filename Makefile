@@ -28,7 +28,7 @@ format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 
 CSRC := fqt_jax/kernels/csrc
-CHECK := -std=c++17 -O1 -ffp-contract=off -fno-trapping-math -w -I$(CSRC) tests/kernels/native/check.cc
+CHECK := -std=c++17 -O1 -ffp-contract=off -fno-trapping-math -fno-math-errno -w -I$(CSRC) tests/kernels/native/check.cc
 PORTABLE := $(CSRC)/isa.cc $(CSRC)/kernels_portable.cc
 SANITIZE := -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
 # Python itself is not instrumented: the sanitizer's runtime has to be loaded first.

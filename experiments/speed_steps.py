@@ -22,9 +22,17 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def timed(run: Callable[[], None]) -> float:
-    """Milliseconds that a call takes."""
+def timed(run: Callable[[], Any], *, warm: bool = False) -> float:
+    """Milliseconds that a call takes.
+
+    Args:
+      run: the call.
+      warm: call it once untimed first. Threads sleep after the pause, and to wake one takes
+        milliseconds on a virtual machine, which is nothing in a step and all of a kernel.
+    """
     time.sleep(_SETTLE)
+    if warm:
+        run()
     start = time.perf_counter()
     run()
     return 1e3 * (time.perf_counter() - start)

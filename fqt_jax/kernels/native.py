@@ -129,9 +129,46 @@ def weight_grad(
     )
 
 
-def call(name: str, results: Any, *operands: jax.Array, **attributes: Any) -> Any:
-    """The one place that calls a kernel, by its name and the shapes and types of its results."""
-    kernel = jax.ffi.ffi_call(f"fqt_jax_{name}", results, vmap_method="sequential")
+def adam(
+    g: jax.Array, m: jax.Array, v: jax.Array, factors: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One step of Adam's moments; see :func:`fqt_jax.optimizers.scale_by_adam`.
+
+    Args:
+      g: gradient, ``float32`` of any shape, not empty.
+      m, v: moments, of its shape.
+      factors: ``float32[7]``: ``1 - b1``, ``b1``, ``1 - b2``, ``b2``, the inverse corrections
+        ``1 / (1 - b1^t)`` and ``1 / (1 - b2^t)``, and epsilon.
+
+    Returns:
+      The direction and the new moments, in the memory of ``g``, ``m`` and ``v``.
+    """
+    like = jax.ShapeDtypeStruct(g.shape, jnp.float32)
+    direction, m, v = call(
+        "adam", (like, like, like), g, m, v, factors, in_place={0: 0, 1: 1, 2: 2}
+    )
+    return direction, m, v
+
+
+def call(
+    name: str,
+    results: Any,
+    *operands: jax.Array,
+    in_place: dict[int, int] | None = None,
+    **attributes: Any,
+) -> Any:
+    """The one place that calls a kernel, by its name and the shapes and types of its results.
+
+    Args:
+      name: of the kernel.
+      results: shapes and types of the results.
+      *operands: of the kernel.
+      in_place: numbers of operands, each with that of the result that takes its place in memory.
+      **attributes: of the kernel.
+    """
+    kernel = jax.ffi.ffi_call(
+        f"fqt_jax_{name}", results, vmap_method="sequential", input_output_aliases=in_place
+    )
     # XLA's types say nothing of axes of a shard_map: what comes from shards varies like them.
     return vary(kernel(*operands, **attributes), varying_axes(operands))
 

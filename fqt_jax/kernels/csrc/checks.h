@@ -7,6 +7,7 @@
 #include <string>
 
 #include "isa.h"
+#include "pages.h"
 #include "parallel.h"
 #include "xla/ffi/api/ffi.h"
 

@@ -27,6 +27,7 @@ NB_MODULE(_native, m) {
         {"fqt_jax_gradient_sums", reinterpret_cast<void*>(FqtGradientSums)},
         {"fqt_jax_gradient", reinterpret_cast<void*>(FqtGradient)},
         {"fqt_jax_encode_weights", reinterpret_cast<void*>(FqtEncodeWeights)},
+        {"fqt_jax_adam", reinterpret_cast<void*>(FqtAdam)},
     };
     for (const auto& [name, handler] : handlers) registrations[name] = nb::capsule(handler);
     return registrations;

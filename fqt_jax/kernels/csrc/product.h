@@ -127,6 +127,18 @@ struct GradientArgs {
   float *lo, *hi;        // [n, c]
 };
 
+// What all entries have in common; see adam.h.
+struct AdamFactors {
+  float new1, old1, new2, old2, inverse1, inverse2, epsilon;
+};
+
+struct AdamArgs {
+  int64_t size;
+  float* g;  // in, the gradient; out, the direction
+  float *m, *v;
+  AdamFactors factors;
+};
+
 struct EncodeWeightsArgs {
   const float* w;  // [rows, o]
   int64_t rows, o;
@@ -146,6 +158,7 @@ struct Kernels {
   std::unique_ptr<Product> (*gradient_sums)(const GradientSumsArgs&);
   std::unique_ptr<Product> (*gradient)(const GradientArgs&);
   std::unique_ptr<Product> (*encode_weights)(const EncodeWeightsArgs&);
+  std::unique_ptr<Product> (*adam)(const AdamArgs&);
 };
 
 // Multiply-adds of the whole convolution, the measure of how much work there is.

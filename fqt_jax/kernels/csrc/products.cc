@@ -14,6 +14,7 @@ ffi::Future forward(ffi::ThreadPool pool, Words x, Words w, ffi::Result<ffi::Any
     const bool is_wide = g.taps() * g.c > 32767;
     require(z->element_type() == (is_wide ? ffi::S32 : ffi::S16), "z has the wrong type");
     require(has_shape(z->dimensions(), {g.n, g.y.out, g.x.out, g.o}), "z has the wrong shape");
+    ask_for_huge_pages(z->untyped_data(), z->size_bytes());
     const int64_t threads = useful_threads(pool, work(g));
     return run_tasks(
         current_kernels().forward({g, sample_bits(x, g), weight_bits(w, g), z->untyped_data(),
@@ -47,7 +48,7 @@ ffi::Future input_grad(ffi::ThreadPool pool, Floats g, Words w, Floats lo, Float
     const int64_t threads = useful_threads(pool, work(geometry));
     return run_tasks(current_kernels().input_grad({geometry, g.typed_data(),
                                                    weight_bits(w, geometry), samples, rounding,
-                                                   mask_bits, scatters, dx->typed_data(),
+                                                   mask_bits, scatters, to_write(dx),
                                                    threads}),
                      pool, threads);
   });
@@ -72,7 +73,7 @@ ffi::Future weight_grad(ffi::ThreadPool pool, Floats g, Words x, Floats lo, Floa
     const int64_t threads = useful_threads(pool, work(geometry));
     return run_tasks(current_kernels().weight_grad({geometry, g.typed_data(),
                                                     sample_bits(x, geometry), samples, channels,
-                                                    rounding, dw->typed_data(), threads}),
+                                                    rounding, to_write(dw), threads}),
                      pool, threads);
   });
 }

@@ -79,7 +79,7 @@ ffi::Future encode(ffi::ThreadPool pool, ffi::AnyBuffer s, Floats coefficients,
                 has_shape(clip->dimensions(), {shape.n, words}),
             "the words have the wrong shape");
     require(has_shape(nan->dimensions(), {shape.n}), "nan has the wrong shape");
-    return run_tasks(current_kernels().encode({t, signs->typed_data(), clip->typed_data(), words,
+    return run_tasks(current_kernels().encode({t, to_write(signs), to_write(clip), words,
                                                nan->typed_data()}),
                      pool, transform_threads(pool, entries(shape)));
   });
@@ -90,7 +90,7 @@ ffi::Future activate(ffi::ThreadPool pool, ffi::AnyBuffer s, Floats coefficients
   return guarded([&] {
     const TransformArgs t = make_transform(s, coefficients, kForwardRows, window);
     require_pooled(out->dimensions(), t, t.shape.n, "the output has the wrong shape");
-    return run_tasks(current_kernels().activate({t, out->typed_data()}), pool,
+    return run_tasks(current_kernels().activate({t, to_write(out)}), pool,
                      transform_threads(pool, entries(t.shape)));
   });
 }
@@ -124,7 +124,7 @@ ffi::Future gradient(ffi::ThreadPool pool, ffi::AnyBuffer s, Floats coefficients
                 has_shape(hi->dimensions(), {shape.n, shape.c}),
             "the bounds have the wrong shape");
     return run_tasks(current_kernels().gradient({t, d.typed_data(), samples,
-                                                 sample_weights(weights, shape), g->typed_data(),
+                                                 sample_weights(weights, shape), to_write(g),
                                                  lo->typed_data(), hi->typed_data()}),
                      pool, transform_threads(pool, entries(shape)));
   });

@@ -330,6 +330,36 @@ bool check(uint64_t seed) {
 
 #include "transforms.h"
 
+bool check_adam(uint64_t seed) {
+  Random random(seed);
+  const int64_t size = choose<int64_t>(random, {1, 7, 8, 33, 4096, 65535, 65536, 65537, 200000});
+  std::normal_distribution<float> normal;
+  const float scale = choose(random, {1e-30f, 1e-3f, 1.0f, 1e10f});
+  std::vector<float> g(static_cast<size_t>(size)), m(g.size()), v(g.size());
+  for (size_t i = 0; i < g.size(); ++i) {
+    g[i] = scale * normal(random);
+    m[i] = scale * normal(random);
+    v[i] = scale * std::fabs(normal(random));
+  }
+  const AdamFactors f{0.1f, 0.9f, 0.001f, 0.999f, choose(random, {1.0f, 10.0f}), 50.0f, 1e-8f};
+  std::vector<float> u(g), new_m(m), new_v(v);
+  for (size_t i = 0; i < g.size(); ++i) {
+    new_m[i] = f.new1 * g[i] + f.old1 * m[i];
+    new_v[i] = f.new2 * (g[i] * g[i]) + f.old2 * v[i];
+    u[i] = new_m[i] * f.inverse1 / (std::sqrt(new_v[i] * f.inverse2) + f.epsilon);
+  }
+  bool is_good = true;
+  for (const Kernels* kernels : supported_kernels()) {
+    std::vector<float> got_u(g), got_m(m), got_v(v);
+    run(kernels->adam({size, got_u.data(), got_m.data(), got_v.data(), f}), random);
+    if (same(got_u, u) && same(got_m, new_m) && same(got_v, new_v)) continue;
+    is_good = false;
+    std::printf("seed %llu: adam of %s differs (size %lld)\n",
+                static_cast<unsigned long long>(seed), kernels->isa, static_cast<long long>(size));
+  }
+  return is_good;
+}
+
 }  // namespace
 }  // namespace fqt
 
@@ -341,10 +371,11 @@ int main(int argc, char** argv) {
   for (uint64_t seed = first; seed < first + cases; ++seed) {
     failed += !fqt::check(seed);
     failed += !fqt::check_transforms(seed);
+    failed += !fqt::check_adam(seed);
   }
   for (const fqt::Kernels* kernels : fqt::supported_kernels()) std::printf("%s ", kernels->isa);
   std::printf("kernels: %llu of %llu cases agree with the reference\n",
-              static_cast<unsigned long long>(2 * cases - failed),
-              static_cast<unsigned long long>(2 * cases));
+              static_cast<unsigned long long>(3 * cases - failed),
+              static_cast<unsigned long long>(3 * cases));
   return failed != 0;
 }

@@ -1,0 +1,50 @@
+// XLA's handler of the optimizer's kernel.
+
+#include "checks.h"
+#include "handlers.h"
+
+namespace fqt {
+namespace {
+
+// An entry costs about as much as this many one-bit products.
+constexpr double kProductsOfEntry = 100;
+
+// The result that XLA has laid over the operand: what is computed replaces what was there.
+float* in_place(const Floats& operand, ffi::Result<Floats>& result) {
+  require(result->untyped_data() == operand.untyped_data(), "a result is not that of its operand");
+  return result->typed_data();
+}
+
+ffi::Future adam(ffi::ThreadPool pool, Floats g, Floats m, Floats v, Floats factors,
+                 ffi::Result<Floats> direction, ffi::Result<Floats> new_m,
+                 ffi::Result<Floats> new_v) {
+  return guarded([&] {
+    const auto size = static_cast<int64_t>(g.element_count());
+    for (const Floats& other : {m, v, *direction, *new_m, *new_v}) {
+      require(static_cast<int64_t>(other.element_count()) == size,
+              "gradient, moments and results must have the same size");
+    }
+    require(has_shape(factors.dimensions(), {7}), "factors must be 7 numbers");
+    const float* f = factors.typed_data();
+    return run_tasks(current_kernels().adam({size, in_place(g, direction), in_place(m, new_m),
+                                             in_place(v, new_v),
+                                             {f[0], f[1], f[2], f[3], f[4], f[5], f[6]}}),
+                     pool, useful_threads(pool, kProductsOfEntry * static_cast<double>(size)));
+  });
+}
+
+}  // namespace
+}  // namespace fqt
+
+using namespace fqt;
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FqtAdam, adam,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>());
