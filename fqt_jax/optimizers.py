@@ -217,13 +217,9 @@ def scale_by_adam(
         numbers = (1 - b1, b1, 1 - b2, b2, inverse1, inverse2, eps)
         factors = jnp.stack([jnp.asarray(number, jnp.float32) for number in numbers])
         grads, treedef = jax.tree.flatten(updates)
-        results = [
-            native.adam(*operands, factors)
-            for operands in zip(
-                grads, treedef.flatten_up_to(state.mu), treedef.flatten_up_to(state.nu), strict=True
-            )
-        ]
-        direction, mu, nu = (treedef.unflatten([r[i] for r in results]) for i in range(3))
+        moments = (jax.tree.leaves(state.mu), jax.tree.leaves(state.nu))
+        results = [native.adam(*each, factors) for each in zip(grads, *moments, strict=True)]
+        direction, mu, nu = (jax.tree.unflatten(treedef, [r[i] for r in results]) for i in range(3))
         return direction, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
 
     return optax.GradientTransformation(plain.init, update)
