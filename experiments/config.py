@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from experiments.cli import UserError
 from fqt_jax.gradients import OneDraw
+from fqt_jax.kernels import check_implementation
 from fqt_jax.models import MODELS
 from fqt_jax.optimizers import OptimizerConfig
 from fqt_jax.recipe import (
@@ -131,6 +132,12 @@ class RunConfig:
             raise UserError(f"seed must be from 0 to 2^32 - 1; got {self.seed}.")
         if self.out is not None and self.resume is not None:
             raise UserError("give either out, for a new run, or resume, for one that exists.")
+        try:  # now, before any data are read and any folder is made
+            self.build_one_draw()
+            self.build_optimizer()
+            check_implementation(self.implementation)
+        except (TypeError, ValueError) as error:
+            raise UserError(str(error)) from None
 
     def build_recipe(self) -> Recipe:
         """The named recipe with the parts that were changed."""

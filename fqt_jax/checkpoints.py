@@ -3,11 +3,12 @@
 A checkpoint is a folder with two parts: ``state``, every array of a
 :class:`~fqt_jax.training.TrainState` under a readable name (``params.blocks.0.conv1.kernel``),
 and ``metadata``, JSON. Orbax writes it beside its final name and renames it, so a checkpoint is
-there whole or not at all.
+there whole or not at all. ``sizes.json`` says how long each of its files is.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import pathlib
 import shutil
@@ -25,6 +26,7 @@ from fqt_jax.tree import leaf_name
 Path = str | pathlib.Path
 
 _FORMAT = 1
+_SIZES = "sizes.json"
 
 
 class CheckpointError(Exception):
@@ -56,6 +58,7 @@ def save_checkpoint(path: Path, state: TrainState, metadata: dict[str, Any]) -> 
                     metadata=ocp.args.JsonSave({"format": _FORMAT, **metadata}),
                 ),
             )
+        (path / _SIZES).write_text(json.dumps(_sizes(path)))
     except Exception as error:
         for partial in path.parent.glob(f"{path.name}*"):
             shutil.rmtree(partial, ignore_errors=True)
@@ -206,10 +209,29 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def _existing(path: Path) -> pathlib.Path:
+    """The folder of a checkpoint, all of whose files are as long as they were.
+
+    Orbax finds a file that was cut short too, but its readers' threads then print tracebacks.
+    """
     path = pathlib.Path(path).absolute()
     if not path.is_dir():
         raise CheckpointError(f"there is no checkpoint at {path}.")
+    if (path / _SIZES).exists():
+        found = _sizes(path)
+        try:
+            expected = dict(json.loads((path / _SIZES).read_text()))
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"the checkpoint {path} is damaged: {_SIZES}: {error}") from None
+        for name, size in expected.items():
+            if found.get(name) != size:
+                has = f"has {found[name]} bytes of {size}" if name in found else "is missing"
+                raise CheckpointError(f"the checkpoint {path} is damaged: {name} {has}.")
     return path
+
+
+def _sizes(path: pathlib.Path) -> dict[str, int]:
+    files = (file for file in sorted(path.rglob("*")) if file.is_file() and file.name != _SIZES)
+    return {file.relative_to(path).as_posix(): file.stat().st_size for file in files}
 
 
 def _checkpointer() -> Any:

@@ -125,9 +125,24 @@ def test_missing_damaged_and_foreign_folders_are_one_line_errors(tmp_path):
     for file in (tmp_path / "c" / "state").rglob("*"):
         if file.is_file() and file.stat().st_size > 2000:
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match=r"is damaged: state/.* bytes of ") as caught:
+        restore_checkpoint(tmp_path / "c", state)
+    assert "\n" not in str(caught.value)
+    (tmp_path / "c" / "sizes.json").unlink()  # as if it had been written by another program
     with pytest.raises(CheckpointError, match="is damaged") as caught:
         restore_checkpoint(tmp_path / "c", state)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_gone_is_named(tmp_path):
+    state = state_of(model())[1]
+    save_checkpoint(tmp_path / "c", state, {})
+    (tmp_path / "c" / "metadata" / "metadata").unlink()
+    with pytest.raises(CheckpointError, match=r"metadata/metadata is missing"):
+        read_metadata(tmp_path / "c")
+    (tmp_path / "c" / "sizes.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"is damaged: sizes\.json"):
+        read_metadata(tmp_path / "c")
 
 
 def test_a_checkpoint_is_never_overwritten(tmp_path):
