@@ -3,7 +3,9 @@
 Signs stay packed in device memory and are unpacked tile by tile inside the kernel
 (:mod:`fqt_jax.kernels.pallas_tiles`), to ``int8`` on a GPU and ``bfloat16`` on a TPU, and codes of
 eight bits to ``bfloat16`` on both. Sums are ``int32``. On a GPU nothing is laid out beforehand: the
-kernels gather what a window sees, and round the gradient as they read it.
+kernels gather what a window sees, and round the gradient as they read it. From version 0.11 on jax
+warns there that Pallas' Triton backend is deprecated; it is part of every version of jax that this
+package allows.
 
 On a CPU the kernels run in Pallas' interpreter, which is for tests: only where the environment
 variable ``FQT_JAX_PALLAS_INTERPRET`` is ``1``.

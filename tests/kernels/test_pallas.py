@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,6 +83,10 @@ def test_several_tiles_and_parts_of_the_contraction(monkeypatch, rng):
 
 
 CALLS = {"cuda": "__gpu$xla.gpu.triton", "tpu": "tpu_custom_call"}
+DEVICES = {
+    "cuda": jax.sharding.AbstractDevice("NVIDIA H100", num_cores=132, platform="cuda"),
+    "tpu": jax.sharding.AbstractDevice("TPU v5 lite", num_cores=1, platform="tpu"),
+}
 
 
 @pytest.mark.parametrize("platform", CALLS)
@@ -94,12 +96,11 @@ def test_lowers_without_the_hardware(monkeypatch, rng, platform, product):
     target = "tpu" if platform == "tpu" else "gpu"
     monkeypatch.delenv(FLAG, raising=False)
     monkeypatch.setattr(pallas, "_target", lambda: target)
-    device = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
-    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=DEVICES[platform])
     f, operands = products(WINDOWS["same"], 8, (8, 8), 64, 64, 4, rng)[product]
     # Only export's promise that a saved program runs years later is given up.
     unstable = jax.export.DisabledSafetyCheck.custom_call(CALLS[platform])
-    with jax.sharding.use_abstract_mesh(mesh) if target == "tpu" else contextlib.nullcontext():
+    with jax.sharding.use_abstract_mesh(mesh):
         exported = jax.export.export(
             jax.jit(f(pallas)), platforms=[platform], disabled_checks=[unstable]
         )(*operands)
