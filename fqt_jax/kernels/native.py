@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 import os
+import pathlib
+import re
 from typing import Any
 
 import jax
@@ -37,6 +39,13 @@ def _load() -> str | None:
         return "the extension was not built (no C++ compiler when fqt_jax was installed?)"
     except ImportError as error:
         return f"the extension does not load: {error}"
+    built, here = _native.ffi_version(), _installed_ffi_version()
+    if built[0] != here[0] or built > here:
+        # Registered all the same, such kernels would keep JAX's CPU backend from starting.
+        return (
+            "the extension was built for version {}.{} of XLA's foreign function interface, and "
+            "the installed jaxlib has {}.{}: install fqt_jax again".format(*built, *here)
+        )
     isa = os.environ.get("FQT_JAX_ISA")
     if isa:
         try:
@@ -47,6 +56,13 @@ def _load() -> str | None:
     for name, capsule in _native.registrations().items():
         jax.ffi.register_ffi_target(name, capsule, platform="cpu")
     return None
+
+
+def _installed_ffi_version() -> tuple[int, int]:
+    """Version of the foreign function interface that the installed jaxlib speaks."""
+    header = pathlib.Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
+    found = dict(re.findall(r"#define XLA_FFI_API_(MAJOR|MINOR) (\d+)", header))
+    return int(found["MAJOR"]), int(found["MINOR"])
 
 
 _LOAD_ERROR = _load()

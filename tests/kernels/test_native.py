@@ -260,3 +260,18 @@ def test_empty_operands(rng):
     assert native.input_grad(g, w, _rounding("samples", 0), WINDOW, (7, 7)).shape == (0, 7, 7, 37)
     dw = native.weight_grad(g, x, _rounding("channels", 70), WINDOW)
     np.testing.assert_array_equal(dw, np.zeros((3, 3, 37, 70), np.float32))
+
+
+@pytest.mark.parametrize("newer", [(1, 0), (0, 1)])
+def test_an_extension_of_a_newer_interface_is_refused(monkeypatch, newer):
+    major, minor = native._installed_ffi_version()
+    import fqt_jax.kernels._native as extension
+
+    monkeypatch.setattr(extension, "ffi_version", lambda: (major + newer[0], minor + newer[1]))
+    registered = []
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *args, **_: registered.append(args))
+    assert "install fqt_jax again" in native._load()
+    assert not registered
+    monkeypatch.setattr(extension, "ffi_version", lambda: (major, max(0, minor - 1)))
+    assert native._load() is None
+    assert registered

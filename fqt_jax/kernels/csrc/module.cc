@@ -1,6 +1,7 @@
 // The Python module: XLA's handlers, and the choice of an instruction set.
 
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 
 #include <string>
@@ -32,6 +33,7 @@ NB_MODULE(_native, m) {
     for (const auto& [name, handler] : handlers) registrations[name] = nb::capsule(handler);
     return registrations;
   });
+  m.def("ffi_version", [] { return std::pair(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); });
   m.def("supported_isas", [] {
     nb::list names;
     for (const Kernels* kernels : supported_kernels()) names.append(kernels->isa);
