@@ -199,8 +199,8 @@ class JaxContender:
 
     def _run_update(self) -> None:
         state = self._state
-        params, opt_state = self._update(self._grads, state.opt_state, state.params)
-        jax.block_until_ready((params, opt_state))
+        params, opt_state, self._grads = self._update(self._grads, state.opt_state, state.params)
+        jax.block_until_ready((params, opt_state, self._grads))
         self._state = dataclasses.replace(state, params=params, opt_state=opt_state)
 
     def details(self) -> dict[str, Any]:
@@ -223,10 +223,11 @@ def _forward(graphdef: Any) -> Any:
 
 
 def _update(optimizer: optax.GradientTransformation) -> Any:
-    @functools.partial(jax.jit, donate_argnums=(1, 2))
+    # Gradients too are given up, as in a step; the updates are as good for the next call.
+    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
     def update(grads: Any, opt_state: Any, params: Any) -> Any:
         updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
+        return optax.apply_updates(params, updates), opt_state, updates
 
     return update
 
