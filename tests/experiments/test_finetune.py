@@ -168,8 +168,9 @@ def test_a_loss_that_is_not_a_number_stops_the_run(monkeypatch):
     [
         ({"dataset": "imagenet"}, ValueError, "unknown data set|imagenet"),
         ({"recipe": "fqt2"}, ValueError, "unknown recipe 'fqt2'; known recipes: full_precision"),
-        ({"optimizer": "adamm"}, ValueError, "unknown optimizer 'adamm'"),
-        ({"implementation": "cuda"}, ValueError, "unknown implementation 'cuda'"),
+        ({"optimizer": "adamm"}, cli.UserError, "unknown optimizer 'adamm'"),
+        ({"implementation": "cuda"}, cli.UserError, "unknown implementation 'cuda'"),
+        ({"learning_rate": float("nan")}, cli.UserError, "learning_rate must be a number from 0"),
         ({"bits": 9}, ValueError, "bits must be an integer from 1 to 8; got 9"),
         ({"bits": 0}, ValueError, "bits must be an integer from 1 to 8; got 0"),
         ({"keep": 0.0}, ValueError, r"keep must be a number in \(0, 1\]"),
