@@ -34,7 +34,7 @@ SANITIZE := -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
 # Python itself is not instrumented: the sanitizer's runtime has to be loaded first.
 PRELOAD = $(shell $(CXX) -print-file-name=libasan.so):$(shell $(CXX) -print-file-name=libstdc++.so)
 CASES ?= 300
-SANITIZED ?= tests/kernels/test_native.py tests/kernels/test_transforms.py tests/test_adam.py
+SANITIZED ?= tests/kernels/test_native.py tests/kernels/test_transforms.py tests/kernels/test_float_conv.py tests/test_adam.py
 
 sanitize: $(VENV)/.sanitize
 	mkdir -p build/sanitize

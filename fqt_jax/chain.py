@@ -424,12 +424,11 @@ def _add_scale_gradient(
     recipe: Recipe, weight: Any, dw: jax.Array, d_scale: jax.Array
 ) -> tuple[jax.Array, jax.Array | None]:
     w, learned = weight
-    if recipe.clip:
-        dw = jnp.where(jnp.abs(w) <= 1, dw, jnp.float32(0))
+    d_mean_abs = jnp.zeros_like(d_scale)
     if recipe.scale == "mean_abs":
-        # The scale is the mean of |w|.
-        fan_in = w.size // w.shape[-1]
-        dw = dw + jnp.sign(w) * (d_scale / jnp.float32(fan_in)).reshape(1, 1, 1, -1)
+        d_mean_abs = d_scale / jnp.float32(w.size // w.shape[-1])  # the scale is the mean of |w|
+    if recipe.clip or recipe.scale == "mean_abs":
+        dw = transforms.finish_weight_grad(dw, w.astype(jnp.float32), d_mean_abs, clip=recipe.clip)
     return dw.astype(w.dtype), None if learned is None else d_scale.astype(learned.dtype)
 
 

@@ -145,6 +145,22 @@ def weight_grad(
     )
 
 
+def float_conv(x: jax.Array, w: jax.Array, window: Window) -> jax.Array:
+    """Convolution of floats, ``x[N, H, W, C]`` with ``w[kh, kw, C, O]``; none may be empty."""
+    n, h, width, c = x.shape
+    o = w.shape[3]
+    out = jax.ShapeDtypeStruct((n, *window.output_size((h, width)), o), jnp.float32)
+    return call("float_conv", out, x, w, sizes=_sizes((h, width), c, o, window))
+
+
+def float_conv_weight_grad(x: jax.Array, g: jax.Array, window: Window) -> jax.Array:
+    """Gradient of :func:`float_conv` with respect to ``w``, from ``g[N, H', W', O]``."""
+    _, h, width, c = x.shape
+    o = g.shape[3]
+    out = jax.ShapeDtypeStruct((*window.size, c, o), jnp.float32)
+    return call("float_conv_weight_grad", out, x, g, sizes=_sizes((h, width), c, o, window))
+
+
 def adam(
     g: jax.Array, m: jax.Array, v: jax.Array, factors: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -135,6 +135,20 @@ def encode_weights(w: jax.Array) -> tuple[PackedBits, jax.Array]:
     return PackedBits(signs, w.shape), scale
 
 
+def finish_weight_grad(dw: jax.Array, w: jax.Array, d_scale: jax.Array, *, clip: bool) -> jax.Array:
+    """``[|w| <= 1] dw + sign(w) d_scale``, in the memory of ``dw``.
+
+    Args:
+      dw: gradient with respect to the signs, ``float32[..., O]``.
+      w: the weights, of its shape.
+      d_scale: ``float32[O]``.
+      clip: whether the straight-through gradient is cut off; ``False`` leaves out the mask.
+    """
+    # Without a reshape: XLA would copy the gradient for it, as it is to be overwritten.
+    out = jax.ShapeDtypeStruct(w.shape, jnp.float32)
+    return native.call("finish_weight_grad", out, dw, w, d_scale, in_place={0: 0}, clips=clip)
+
+
 def _pooled(shape: tuple[int, ...], pool: int) -> tuple[int, ...]:
     return shape[0], shape[1] // pool, shape[2] // pool, shape[3]
 

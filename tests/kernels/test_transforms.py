@@ -268,3 +268,32 @@ def test_bad_samples_are_errors(change, message):
         jax.block_until_ready(transforms.gradient_sums(source, line, pool, case.d, case.kept))
     with pytest.raises(Exception, match=message):
         jax.block_until_ready(transforms.gradient(source, line, flow, pool, case.d, case.kept))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    shape=st.sampled_from([(1, 1), (3, 3, 5, 7), (1, 1, 600, 16), (9, 33)]),
+    clip=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_weight_gradients_are_finished_in_place(shape, clip, seed):
+    rng = np.random.default_rng(seed)
+    w, dw = (rng.normal(size=shape).astype(np.float32) for _ in range(2))
+    w.flat[0] = rng.choice([0.0, 1.0, -1.0])
+    d_scale = rng.normal(size=shape[-1]).astype(np.float32)
+    got = jax.jit(transforms.finish_weight_grad, static_argnames="clip")(dw, w, d_scale, clip=clip)
+    kept = np.abs(w) <= 1 if clip else np.ones_like(w)
+    np.testing.assert_array_equal(got, dw * kept + np.sign(w) * d_scale)
+
+
+def test_finishing_checks_shapes():
+    w = jnp.zeros((3, 4))
+    for operands, message in [
+        ((w, w, jnp.zeros(3)), "scale's gradient"),
+        ((w, jnp.zeros((4, 3)), jnp.zeros(3)), "not the shape of w"),
+    ]:
+        out = jax.ShapeDtypeStruct(operands[0].shape, jnp.float32)
+        with pytest.raises(Exception, match=message):
+            jax.block_until_ready(
+                native.call("finish_weight_grad", out, *operands, in_place={0: 0}, clips=True)
+            )

@@ -124,6 +124,18 @@ inline void require_int32_sums(int64_t terms, int bits) {
   require(product({terms, (1 << bits) - 1}) < (int64_t{1} << 31), "sums of codes exceed int32");
 }
 
+// How many threads a pass over that many entries is worth: one costs about as much as 100 one-bit
+// products.
+inline int64_t pass_threads(const ffi::ThreadPool& pool, int64_t entries) {
+  return useful_threads(pool, 100.0 * static_cast<double>(entries));
+}
+
+// The result that XLA has laid over the operand: what is computed replaces what was there.
+inline float* in_place(const Floats& operand, ffi::Result<Floats>& result) {
+  require(result->untyped_data() == operand.untyped_data(), "a result is not that of its operand");
+  return result->typed_data();
+}
+
 // Runs what a check or an allocation may leave by an exception; XLA must see an error instead.
 template <typename F>
 ffi::Future guarded(F run) {

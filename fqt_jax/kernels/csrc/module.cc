@@ -28,6 +28,9 @@ NB_MODULE(_native, m) {
         {"fqt_jax_gradient_sums", reinterpret_cast<void*>(FqtGradientSums)},
         {"fqt_jax_gradient", reinterpret_cast<void*>(FqtGradient)},
         {"fqt_jax_encode_weights", reinterpret_cast<void*>(FqtEncodeWeights)},
+        {"fqt_jax_finish_weight_grad", reinterpret_cast<void*>(FqtFinishWeightGrad)},
+        {"fqt_jax_float_conv", reinterpret_cast<void*>(FqtFloatConv)},
+        {"fqt_jax_float_conv_weight_grad", reinterpret_cast<void*>(FqtFloatConvWeightGrad)},
         {"fqt_jax_adam", reinterpret_cast<void*>(FqtAdam)},
     };
     for (const auto& [name, handler] : handlers) registrations[name] = nb::capsule(handler);

@@ -6,15 +6,6 @@
 namespace fqt {
 namespace {
 
-// An entry costs about as much as this many one-bit products.
-constexpr double kProductsOfEntry = 100;
-
-// The result that XLA has laid over the operand: what is computed replaces what was there.
-float* in_place(const Floats& operand, ffi::Result<Floats>& result) {
-  require(result->untyped_data() == operand.untyped_data(), "a result is not that of its operand");
-  return result->typed_data();
-}
-
 ffi::Future adam(ffi::ThreadPool pool, Floats g, Floats m, Floats v, Floats factors,
                  ffi::Result<Floats> direction, ffi::Result<Floats> new_m,
                  ffi::Result<Floats> new_v) {
@@ -29,7 +20,7 @@ ffi::Future adam(ffi::ThreadPool pool, Floats g, Floats m, Floats v, Floats fact
     return run_tasks(current_kernels().adam({size, in_place(g, direction), in_place(m, new_m),
                                              in_place(v, new_v),
                                              {f[0], f[1], f[2], f[3], f[4], f[5], f[6]}}),
-                     pool, useful_threads(pool, kProductsOfEntry * static_cast<double>(size)));
+                     pool, pass_threads(pool, size));
   });
 }
 

@@ -78,6 +78,14 @@ struct Shape {
   int64_t n, h, w, c;
 };
 
+// Positions that are summed as floats before doubles take over.
+constexpr int64_t kStrip = 16;
+
+// Samples that one task sums, so that it has more than a few positions.
+inline int64_t samples_at_once(const Shape& shape) {
+  return std::max<int64_t>(1, 64 / (shape.h * shape.w));
+}
+
 enum class SourceType { kInt16, kInt32, kFloat32 };
 
 // What stands between two products; see transform.h. `coefficients` are rows of c floats: S, T, P1,
@@ -146,6 +154,29 @@ struct EncodeWeightsArgs {
   float* scale;     // [o]
 };
 
+// dw becomes [|w| <= 1] dw + sign(w) d_scale, or without the first factor.
+struct FinishWeightGradArgs {
+  const float* w;        // [rows, o]
+  const float* d_scale;  // [o]
+  int64_t rows, o;
+  bool clips;
+  float* dw;  // [rows, o]
+};
+
+struct FloatConvArgs {
+  Geometry geometry;
+  const float* x;  // [n, h, w, c]
+  const float* w;  // [kh, kw, c, o]
+  float* y;        // [n, oh, ow, o]
+};
+
+struct FloatConvWeightGradArgs {
+  Geometry geometry;
+  const float* x;  // [n, h, w, c]
+  const float* g;  // [n, oh, ow, o]
+  float* dw;       // [kh, kw, c, o]
+};
+
 // One set of kernels, compiled for one instruction set.
 struct Kernels {
   const char* isa;
@@ -158,6 +189,9 @@ struct Kernels {
   std::unique_ptr<Product> (*gradient_sums)(const GradientSumsArgs&);
   std::unique_ptr<Product> (*gradient)(const GradientArgs&);
   std::unique_ptr<Product> (*encode_weights)(const EncodeWeightsArgs&);
+  std::unique_ptr<Product> (*finish_weight_grad)(const FinishWeightGradArgs&);
+  std::unique_ptr<Product> (*float_conv)(const FloatConvArgs&);
+  std::unique_ptr<Product> (*float_conv_weight_grad)(const FloatConvWeightGradArgs&);
   std::unique_ptr<Product> (*adam)(const AdamArgs&);
 };
 

@@ -8,14 +8,7 @@ namespace {
 
 constexpr int64_t kForwardRows = 6, kBackwardRows = 12;  // of coefficients; see product.h
 
-// An entry costs about as much as this many one-bit products.
-constexpr double kProductsOfEntry = 100;
-
 int64_t entries(const Shape& s) { return s.n * s.h * s.w * s.c; }
-
-int64_t transform_threads(const ffi::ThreadPool& pool, int64_t n_entries) {
-  return useful_threads(pool, kProductsOfEntry * static_cast<double>(n_entries));
-}
 
 Shape source_shape(const ffi::AnyBuffer& s) {
   const Dimensions d = s.dimensions();
@@ -64,7 +57,7 @@ ffi::Future moments(ffi::ThreadPool pool, ffi::AnyBuffer s, Floats weights,
     return run_tasks(current_kernels().moments({shape, s.untyped_data(), source_type(s),
                                                 sample_weights(weights, shape),
                                                 out->typed_data()}),
-                     pool, transform_threads(pool, entries(shape)));
+                     pool, pass_threads(pool, entries(shape)));
   });
 }
 
@@ -81,7 +74,7 @@ ffi::Future encode(ffi::ThreadPool pool, ffi::AnyBuffer s, Floats coefficients,
     require(has_shape(nan->dimensions(), {shape.n}), "nan has the wrong shape");
     return run_tasks(current_kernels().encode({t, to_write(signs), to_write(clip), words,
                                                nan->typed_data()}),
-                     pool, transform_threads(pool, entries(shape)));
+                     pool, pass_threads(pool, entries(shape)));
   });
 }
 
@@ -91,7 +84,7 @@ ffi::Future activate(ffi::ThreadPool pool, ffi::AnyBuffer s, Floats coefficients
     const TransformArgs t = make_transform(s, coefficients, kForwardRows, window);
     require_pooled(out->dimensions(), t, t.shape.n, "the output has the wrong shape");
     return run_tasks(current_kernels().activate({t, to_write(out)}), pool,
-                     transform_threads(pool, entries(t.shape)));
+                     pass_threads(pool, entries(t.shape)));
   });
 }
 
@@ -106,7 +99,7 @@ ffi::Future gradient_sums(ffi::ThreadPool pool, ffi::AnyBuffer s, Floats coeffic
     require(has_shape(sums->dimensions(), {4, t.shape.c}), "the sums have the wrong shape");
     return run_tasks(current_kernels().gradient_sums({t, d.typed_data(), samples,
                                                       sums->typed_data()}),
-                     pool, transform_threads(pool, entries(t.shape)));
+                     pool, pass_threads(pool, entries(t.shape)));
   });
 }
 
@@ -126,7 +119,7 @@ ffi::Future gradient(ffi::ThreadPool pool, ffi::AnyBuffer s, Floats coefficients
     return run_tasks(current_kernels().gradient({t, d.typed_data(), samples,
                                                  sample_weights(weights, shape), to_write(g),
                                                  lo->typed_data(), hi->typed_data()}),
-                     pool, transform_threads(pool, entries(shape)));
+                     pool, pass_threads(pool, entries(shape)));
   });
 }
 
@@ -140,7 +133,25 @@ ffi::Future encode_weights(ffi::ThreadPool pool, Floats w, ffi::Result<Words> si
     require(has_shape(scale->dimensions(), {d[1]}), "the scale has the wrong shape");
     return run_tasks(current_kernels().encode_weights({w.typed_data(), d[0], d[1],
                                                        signs->typed_data(), scale->typed_data()}),
-                     pool, transform_threads(pool, d[0] * d[1]));
+                     pool, pass_threads(pool, d[0] * d[1]));
+  });
+}
+
+ffi::Future finish_weight_grad(ffi::ThreadPool pool, Floats dw, Floats w, Floats d_scale,
+                               ffi::Result<Floats> out, bool clips) {
+  return guarded([&] {
+    const auto size = static_cast<int64_t>(w.element_count());
+    require(size > 0, "w must not be empty");
+    for (const Floats& other : {dw, *out}) {
+      require(std::equal(w.dimensions().begin(), w.dimensions().end(), other.dimensions().begin(),
+                         other.dimensions().end()),
+              "the gradient has not the shape of w");
+    }
+    const int64_t o = w.dimensions().back();
+    require(has_shape(d_scale.dimensions(), {o}), "the scale's gradient has the wrong shape");
+    return run_tasks(current_kernels().finish_weight_grad({w.typed_data(), d_scale.typed_data(),
+                                                           size / o, o, clips, in_place(dw, out)}),
+                     pool, pass_threads(pool, size));
   });
 }
 
@@ -205,3 +216,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(FqtEncodeWeights, encode_weights,
                                   .Arg<Floats>()
                                   .Ret<Words>()
                                   .Ret<Floats>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FqtFinishWeightGrad, finish_weight_grad,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Ret<Floats>()
+                                  .Attr<bool>("clips"));

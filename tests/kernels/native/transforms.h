@@ -121,55 +121,84 @@ struct TransformCase {
     return out;
   }
 
+  // Sums over strips of positions as floats, then over all as doubles, in the order of the kernels.
+  struct StripSums {
+    std::vector<float> strip;
+    std::vector<double> task, all;
+    int64_t positions = 0;
+
+    explicit StripSums(int64_t size)
+        : strip(static_cast<size_t>(size)), task(strip.size()), all(strip.size()) {}
+    void flush(float weight) {
+      for (size_t i = 0; i < strip.size(); ++i) {
+        task[i] += static_cast<double>(weight) * static_cast<double>(strip[i]);
+      }
+      std::fill(strip.begin(), strip.end(), 0.0f);
+      positions = 0;
+    }
+    void end_row(int64_t count) {
+      positions += count;
+      if (positions >= kStrip) flush(1.0f);
+    }
+    void end_task() {
+      flush(1.0f);
+      for (size_t i = 0; i < all.size(); ++i) all[i] += task[i];
+      std::fill(task.begin(), task.end(), 0.0);
+    }
+  };
+
   std::vector<float> moments() const {
-    std::vector<double> sums(static_cast<size_t>(4 * shape.c));
+    StripSums sums(4 * shape.c);
     for (int64_t n = 0; n < shape.n; ++n) {
-      std::vector<double> of_sample(sums.size());
       for (int64_t y = 0; y < shape.h; ++y) {
-        std::vector<float> of_row(sums.size());
         for (int64_t x = 0; x < shape.w; ++x) {
           for (int64_t k = 0; k < shape.c; ++k) {
             const float v = s(at(n, y, x, k));
             const float high = v >= 0.0f ? v : 0.0f, low = v >= 0.0f ? 0.0f : v;
             const float parts[] = {high, high * high, low, low * low};
-            for (int64_t q = 0; q < 4; ++q) of_row[static_cast<size_t>(q * shape.c + k)] += parts[q];
+            for (int64_t q = 0; q < 4; ++q) {
+              sums.strip[static_cast<size_t>(q * shape.c + k)] += parts[q];
+            }
           }
         }
-        for (size_t i = 0; i < sums.size(); ++i) {
-          of_sample[i] += static_cast<double>(weight(n)) * static_cast<double>(of_row[i]);
+        if (is_weighted) {
+          sums.flush(weight(n));
+        } else {
+          sums.end_row(shape.w);
         }
       }
-      for (size_t i = 0; i < sums.size(); ++i) sums[i] += of_sample[i];
+      if ((n + 1) % samples_at_once(shape) == 0 || n + 1 == shape.n) sums.end_task();
     }
     std::vector<float> out;
     const auto count = static_cast<double>(shape.n * shape.h * shape.w);
-    for (double sum : sums) out.push_back(static_cast<float>(sum * (1.0 / count)));
+    for (double sum : sums.all) out.push_back(static_cast<float>(sum * (1.0 / count)));
     return out;
   }
 
   std::vector<float> gradient_sums() const {
     const std::vector<float> spread_d = spread();
-    std::vector<double> sums(static_cast<size_t>(4 * shape.c));
+    StripSums sums(4 * shape.c);
     for (int64_t slot = 0; slot < kept().count; ++slot) {
       const int64_t n = kept().index(slot);
-      std::vector<double> of_sample(sums.size());
       for (int64_t y = 0; y < rows_out(); ++y) {
-        std::vector<float> of_row(sums.size());
-        for (int64_t i = y * pool * shape.w; i < (y + 1) * pool * shape.w; ++i) {
+        for (int64_t i = 0; i < columns_out() * pool * pool; ++i) {  // window by window
+          const int64_t x = i / (pool * pool), of_window = i % (pool * pool);
           for (int64_t k = 0; k < shape.c; ++k) {
-            const size_t entry = at(n, i / shape.w, i % shape.w, k);
+            const size_t entry = at(n, y * pool + of_window / pool, x * pool + of_window % pool, k);
             const float v = s(entry);
             const float high = is_up(v, k) ? spread_d[entry] : 0.0f;
             const float low = is_up(v, k) ? 0.0f : spread_d[entry];
             const float parts[] = {high, high * v, low, low * v};
-            for (int64_t q = 0; q < 4; ++q) of_row[static_cast<size_t>(q * shape.c + k)] += parts[q];
+            for (int64_t q = 0; q < 4; ++q) {
+              sums.strip[static_cast<size_t>(q * shape.c + k)] += parts[q];
+            }
           }
         }
-        for (size_t i = 0; i < sums.size(); ++i) of_sample[i] += static_cast<double>(of_row[i]);
+        sums.end_row(columns_out() * pool * pool);
       }
-      for (size_t i = 0; i < sums.size(); ++i) sums[i] += of_sample[i];
+      if ((slot + 1) % samples_at_once(shape) == 0 || slot + 1 == kept().count) sums.end_task();
     }
-    return {sums.begin(), sums.end()};
+    return {sums.all.begin(), sums.all.end()};
   }
 
   std::vector<float> gradient() const {
@@ -277,6 +306,18 @@ bool check_transforms(uint64_t seed) {
       expect(is_close || found == mean || (found != found && mean != mean) || overflows,
              "scale");
     }
+    std::vector<float> dw(c.narrow.begin(), c.narrow.end()), finished(dw);
+    const bool clips = c.is_weighted;
+    for (size_t i = 0; i < dw.size(); ++i) {
+      const float w = c.real[i];
+      const float clipped = !clips || std::fabs(w) <= 1.0f ? dw[i] : 0.0f;
+      const float sign = w > 0.0f ? 1.0f : w < 0.0f ? -1.0f : w;
+      finished[i] = clipped + sign * c.row(2, static_cast<int64_t>(i) % shape.c);
+    }
+    run(kernels->finish_weight_grad({c.real.data(), c.coefficients.data() + 2 * shape.c, rows,
+                                     shape.c, clips, dw.data()}),
+        c.random);
+    expect(same(dw, finished), "finish_weight_grad");
   }
   return is_good;
 }
