@@ -15,7 +15,7 @@ import itertools
 import pathlib
 
 from experiments import cli
-from experiments.formats import Estimate, Table
+from experiments.formats import Estimate, Table, count
 from experiments.specs import Spec, parse
 from experiments.sweep import OTHER_RATES, RATES, Result, SweepConfig, parse_all
 from experiments.sweep_plots import plot_curves
@@ -110,8 +110,8 @@ def _tables(
             )
     tables = [
         Table(
-            f"{title}: test accuracy, %, mean ± deviation over {n} seeds, at the rate given with "
-            f"the optimizer or tuned on validation images with seed {config.seeds[0]}",
+            f"{title}: test accuracy, %, mean ± deviation over {count(n, 'seed')}, at the rate "
+            f"given with the optimizer or tuned on validation images with seed {config.seeds[0]}",
             ["recipe", *names],
             rows,
             [_edge(result) for result in results.values() if _edge(result)],
