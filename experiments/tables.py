@@ -29,6 +29,7 @@ _RECIPES = (
     "fqt1_plus",
     "fqt1_plus:stratify",
     "fqt1:one_draw",
+    "fqt1:one_draw,stratify",
 )
 
 
