@@ -14,7 +14,7 @@ import pathlib
 
 from experiments import cli
 from experiments.cli import UserError
-from experiments.formats import Table
+from experiments.formats import Table, count
 from experiments.specs import Spec, parse
 from experiments.sweep import Result, SweepConfig, parse_all
 from experiments.sweep_plots import plot_pareto
@@ -122,7 +122,7 @@ def _table(
             costs = cost(result, "gradient_bits"), cost(result, "step_ms")
             rows.append(row + ["-" if value is None else f"{value:.3g}" for value in costs])
     return Table(
-        f"{title}: test accuracy, mean ± deviation over {n} seeds, and cost",
+        f"{title}: test accuracy, mean ± deviation over {count(n, 'seed')}, and cost",
         ["study", "recipe", "accuracy, %", "bits an entry", "ms a step"],
         rows,
         ["Times were taken beside other processes."] if config.jobs > 1 else [],

@@ -3,9 +3,9 @@
     python -m experiments.compare_optimizers --optimizers adam sgd --recipes qat psq1 fqt1
 
 For each model, recipe and optimizer the rate of the best validation accuracy is chosen from a grid,
-on the first seed; a grid whose best rate lies on its edge grows, twice at most. Then all seeds run
-at that rate. An optimizer with a rate, as in ``adam:learning_rate=1e-3``, keeps it. The command
-again continues a sweep that was stopped.
+on the first seed, or with --tuning-seeds on more; a grid whose best rate lies on its edge grows,
+twice at most. Then all seeds run at that rate. An optimizer with a rate, as in
+``adam:learning_rate=1e-3``, keeps it. The command again continues a sweep that was stopped.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import itertools
 import pathlib
 
 from experiments import cli
-from experiments.formats import Estimate, Table
+from experiments.formats import Estimate, Table, count
 from experiments.specs import Spec, parse
 from experiments.sweep import OTHER_RATES, RATES, Result, SweepConfig, parse_all
 from experiments.sweep_plots import plot_curves
@@ -37,6 +37,8 @@ class CompareConfig(SweepConfig):
     rates: tuple[float, ...] = ()
     """Learning rates to choose from; the default is 3e-4, 1e-3, 3e-3, and 1e-3 to 1e-1 for
     sgd."""
+    tuning_seeds: int = 1
+    """How many of the seeds try every rate; few validation images tell rates apart badly on one."""
     baseline: str = "qat"
     """The recipe, by its label, from which degradation is measured."""
     out: pathlib.Path = pathlib.Path("runs/compare_optimizers")
@@ -54,6 +56,7 @@ def main(config: CompareConfig) -> None:
         config.group(
             {"dataset": task, "model": model, "recipe": recipe, "optimizer": optimizer},
             _grid(config, optimizer),
+            config.tuning_seeds,
         )
         for model, recipe, optimizer in points
     ]
@@ -110,8 +113,9 @@ def _tables(
             )
     tables = [
         Table(
-            f"{title}: test accuracy, %, mean ± deviation over {n} seeds, at the rate given with "
-            f"the optimizer or tuned on validation images with seed {config.seeds[0]}",
+            f"{title}: test accuracy, %, mean ± deviation over {count(n, 'seed')}, at the rate "
+            f"given with the optimizer or tuned on validation images with "
+            f"{count(config.tuning_seeds, 'seed')}",
             ["recipe", *names],
             rows,
             [_edge(result) for result in results.values() if _edge(result)],

@@ -153,6 +153,16 @@ class Table:
             console.print(rich.markup.escape(note))
 
 
+def count(n: int, noun: str) -> str:
+    """A number of things.
+
+    Example:
+      >>> count(1, "seed"), count(2, "seed")
+      ('1 seed', '2 seeds')
+    """
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
 _LATEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",

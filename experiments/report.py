@@ -19,7 +19,7 @@ import tyro
 
 from experiments import cli, report_pictures
 from experiments.folders import write_text
-from experiments.formats import Table
+from experiments.formats import Table, count
 from experiments.report_runs import Found, Group, differing, group, read
 
 Paths = tyro.conf.Positional[tuple[pathlib.Path, ...]]
@@ -54,10 +54,9 @@ def main(config: ReportConfig) -> None:
     write_text(config.out.with_suffix(".tex"), "\n".join(t.to_latex() for t in tables))
     for table in tables:
         table.show()
-    count = len(found.runs)
     names = [config.out.with_suffix(suffix).name for suffix in (".md", ".tex")]
     print(
-        f"{count} run{'' if count == 1 else 's'}, written to {config.out}, and as tables to "
+        f"{count(len(found.runs), 'run')}, written to {config.out}, and as tables to "
         f"{' and '.join(names)}"
     )
 
@@ -91,9 +90,12 @@ def _results(task: str, groups: Sequence[Group]) -> Table:
             ]
         )
     columns = ["recipe", "n", "test %", "validation %", "gradient bits", "step ms", "run s"]
-    notes = ["Gradient bits: an entry, on average. The time of a step is the median of its run."]
+    notes = [
+        "Gradient bits: an entry, on average. The time of a step is the median of its run; that of "
+        "a run is longer where it compiled the steps for others."
+    ]
     if open_runs:
-        notes.append(f"{open_runs} runs that have not ended are left out.")
+        notes.append(f"Left out: {count(open_runs, 'run')} not ended.")
     return Table(f"{task}: mean ± standard deviation over n seeds", columns, rows, notes)
 
 
@@ -131,7 +133,9 @@ def page(title: str, found: Found, groups: Sequence[Group]) -> str:
         parts.append(_options(found, groups))
     body = "\n".join(parts)
     seeds = len({run.config.get("seed") for run in found.runs})
-    lead = f"{len(found.runs)} runs in {len(groups)} groups, {seeds} seeds."
+    lead = (
+        f"{count(len(found.runs), 'run')} in {count(len(groups), 'group')}, {count(seeds, 'seed')}."
+    )
     return _PAGE.format(title=html.escape(title), style=_STYLE, lead=lead, body=body)
 
 

@@ -13,6 +13,7 @@ from experiments.config import RECIPE_PARTS, RunConfig
 from experiments.formats import Estimate, Table
 from experiments.sweep import Group as SweepGroup
 from experiments.sweep import Store
+from fqt_jax.recipe import RECIPES
 
 _NOT_COMPARED = ("seed", "pretrain_seed", "cache", "data_dir", "diagnose")
 """Options that make no other experiment of a run."""
@@ -41,10 +42,10 @@ class Run:
 
     @property
     def variant(self) -> str:
-        """The recipe with the parts that were changed."""
+        """The recipe with the parts that were changed, as sweeps take it."""
         names = {field.name for field in dataclasses.fields(RunConfig)}
         options = {k: v for k, v in self.config.items() if k in names and k != "data_dir"}
-        return RunConfig(**options).variant
+        return RunConfig(**options).variant.replace("=True", "").replace("=False", "=false")
 
     def options(self) -> dict[str, str]:
         """The options that make the experiment, as text."""
@@ -167,7 +168,9 @@ def differing(runs: Iterable[Run]) -> list[str]:
 
 
 def group(runs: Sequence[Run]) -> list[Group]:
-    """Groups runs over their seeds; in the order of the runs, task by task."""
+    """Groups runs over their seeds, task by task; recipes in their order, baselines first."""
+    order = list(RECIPES)
+    runs = sorted(runs, key=lambda run: order.index(run.config["recipe"]))
     tasks: dict[str, list[Run]] = {}
     for run in runs:
         tasks.setdefault(run.task, []).append(run)

@@ -15,6 +15,7 @@ import math
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
+from statistics import fmean
 from typing import Any
 
 from experiments.cli import UserError
@@ -57,7 +58,9 @@ class SweepConfig:
         if self.jobs < 1:
             raise UserError(f"jobs must be at least 1; got {self.jobs}.")
 
-    def group(self, points: dict[Axis, Spec], rates: Sequence[float] = ()) -> Group:
+    def group(
+        self, points: dict[Axis, Spec], rates: Sequence[float] = (), tuning: int = 1
+    ) -> Group:
         """The group at a point of each axis.
 
         Raises:
@@ -79,7 +82,7 @@ class SweepConfig:
                 "from_scratch to the data set."
             )
         labels: dict[str, str] = {axis: spec.label for axis, spec in points.items()}
-        return Group(labels, base, tuple(self.seeds), tuple(sorted(set(rates))))
+        return Group(labels, base, tuple(self.seeds), tuple(sorted(set(rates))), tuning)
 
 
 def parse_all(axis: Axis, texts: Sequence[str]) -> list[Spec]:
@@ -111,8 +114,9 @@ class Group:
       labels: how tables call the group's point on each axis.
       base: the options of its runs.
       seeds: of the runs that count.
-      rates: learning rates, of which the first seed's run with the best validation accuracy
-        chooses; with none, the rate is that of ``base``.
+      rates: learning rates to choose from by validation accuracy; with none, the rate is that of
+        ``base``.
+      tuning: how many seeds, the first ones, try every rate; the mean over them chooses.
 
     Raises:
       UserError, ValueError: options are out of range or contradict each other.
@@ -122,6 +126,7 @@ class Group:
     base: FinetuneConfig
     seeds: tuple[int, ...]
     rates: tuple[float, ...] = ()
+    tuning: int = 1
 
     def __post_init__(self) -> None:
         self.base.build_recipe()
@@ -129,6 +134,10 @@ class Group:
         self.base.build_optimizer()
         for seed in self.seeds:
             self.cell(seed)
+        if not 1 <= self.tuning <= len(self.seeds):
+            raise UserError(
+                f"rates can be tuned on 1 to {len(self.seeds)} seeds, not {self.tuning}."
+            )
         if any(not 0 < rate < math.inf for rate in self.rates):
             raise UserError(f"rates must be positive numbers; got {self.rates}.")
 
@@ -159,7 +168,9 @@ class Group:
     def from_json(cls, values: dict[str, Any]) -> Group:
         """The group that :meth:`to_json` wrote."""
         base = config_from_json(FinetuneConfig, values["base"])
-        return cls(values["labels"], base, tuple(values["seeds"]), tuple(values["rates"]))
+        # Results written before rates could be tuned on several seeds do not name their number.
+        tuning = values.get("tuning", 1)
+        return cls(values["labels"], base, tuple(values["seeds"]), tuple(values["rates"]), tuning)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,21 +220,21 @@ def _read(path: pathlib.Path) -> dict[str, Any] | None:
 def plan(group: Group, store: Store) -> Iterator[Cell]:
     """The cells of a group, in the order in which they have to run.
 
-    Which come later depends on the results of those before: first the grid of rates on the first
-    seed; then, as long as the best rate lies on the edge of the grid, a rate beyond it; then all
-    seeds at the best rate. Cells may come twice.
+    Which come later depends on the results of those before: first the grid of rates on the seeds
+    that tune; then, as long as the best rate lies on the edge of the grid, a rate beyond it; then
+    all seeds at the best rate. Cells may come twice.
     """
     rate = None
     if group.rates:
         for rate in group.rates:
-            yield group.cell(group.seeds[0], rate)
+            yield from _tuning_cells(group, rate)
         rates = list(group.rates)
         for _ in range(_EXTENSIONS):
             more = _beyond(rates, best_rate(group, rates, store))
             if more is None:
                 break
             rates = sorted([*rates, more])
-            yield group.cell(group.seeds[0], more)
+            yield from _tuning_cells(group, more)
         rate = best_rate(group, rates, store)
         if rate is None:
             return
@@ -231,17 +242,30 @@ def plan(group: Group, store: Store) -> Iterator[Cell]:
         yield group.cell(seed, rate)
 
 
+def _tuning_cells(group: Group, rate: float) -> list[Cell]:
+    return [group.cell(seed, rate) for seed in group.seeds[: group.tuning]]
+
+
 def best_rate(group: Group, rates: Sequence[float], store: Store) -> float | None:
     """The rate of the highest validation accuracy, then of the least validation loss.
 
-    None where every run failed.
+    Both are means over the seeds that tune; a rate at which one of them failed is not chosen.
+    None where that happened at every rate.
     """
     found = []
     for rate in rates:
-        summary = store.summary(group.cell(group.seeds[0], rate))
-        if summary is not None:
-            found.append((summary["validation_accuracy"], -summary["validation_loss"], rate))
+        accuracy = _validation(group, rate, store, "accuracy")
+        loss = _validation(group, rate, store, "loss")
+        if accuracy is not None and loss is not None:
+            found.append((accuracy, -loss, rate))
     return max(found)[2] if found else None
+
+
+def _validation(group: Group, rate: float, store: Store, name: str) -> float | None:
+    """Mean over the seeds that tune; None where one of them failed."""
+    summaries = [store.summary(cell) for cell in _tuning_cells(group, rate)]
+    values = [summary[f"validation_{name}"] for summary in summaries if summary is not None]
+    return fmean(values) if len(values) == group.tuning else None
 
 
 def _beyond(rates: Sequence[float], best: float | None) -> float | None:
@@ -259,7 +283,7 @@ class Result:
     Attributes:
       group: the group.
       rate: the learning rate, chosen or given; None where no run of the grid came to its end.
-      tried: validation accuracy by rate; None for a run that failed.
+      tried: validation accuracy by rate, over the seeds that tune; None where one of them failed.
       summaries: of the finished runs at that rate, by seed.
       histories: their epochs.
       failures: what went wrong, by the cell's name.
@@ -295,8 +319,7 @@ def collect(group: Group, store: Store) -> Result:
         for cell in cells.values():
             rate = cell.config.learning_rate
             if cell.config.seed == group.seeds[0] and rate is not None:
-                summary = store.summary(cell)
-                tried[rate] = summary["validation_accuracy"] if summary else None
+                tried[rate] = _validation(group, rate, store, "accuracy")
     chosen = best_rate(group, sorted(tried), store)
     none_left = bool(group.rates) and chosen is None
     final = {} if none_left else {seed: group.cell(seed, chosen) for seed in group.seeds}

@@ -49,7 +49,8 @@ def plot_curves(
 
 
 def _legend(label: str, result: Result) -> str:
-    rate = "" if result.rate is None else f", rate {result.rate:g}"
+    # A rate that was given stands in the label.
+    rate = f", rate {result.rate:g}" if result.group.rates and result.rate is not None else ""
     return f"{label}{rate} (n = {len(result.summaries)})"
 
 
@@ -70,6 +71,7 @@ def plot_pareto(points: Sequence[tuple[str, Result]], title: str, path: pathlib.
     """Draws test accuracy against bits an entry of the gradient and against the time of a step.
 
     The line joins what nothing else beats in both; whiskers are standard deviations over seeds.
+    Points of the same number of bits stand side by side.
 
     Args:
       points: labelled results.
@@ -84,12 +86,17 @@ def plot_pareto(points: Sequence[tuple[str, Result]], title: str, path: pathlib.
     colors = _cycle(len(found))
     for axes, name in zip(panels, ("gradient_bits", "step_ms"), strict=True):
         placed = []
+        costs = [cost(result, name) for _, result in found]
+        log = name == "gradient_bits"
         for number, ((label, result), color) in enumerate(zip(found, colors, strict=True), 1):
-            x, own = cost(result, name), accuracy(result)
+            x, own = costs[number - 1], accuracy(result)
             if x is None:
                 continue
+            before, alike = costs[: number - 1].count(x), costs.count(x)
+            step = min(0.08, 0.6 / alike)  # in octaves: the next number of bits is one away
+            shown = x * 2 ** (step * (before - (alike - 1) / 2)) if log else x
             axes.errorbar(
-                x,
+                shown,
                 own.mean,
                 yerr=own.deviation if own.n > 1 else None,
                 fmt="o",
@@ -99,7 +106,11 @@ def plot_pareto(points: Sequence[tuple[str, Result]], title: str, path: pathlib.
                 label=f"{number} {label} (n = {own.n})",
             )
             axes.annotate(
-                f"{number}", (x, own.mean), xytext=(4, 3), textcoords="offset points", fontsize=7
+                f"{number}",
+                (shown, own.mean),
+                xytext=(4, 3),
+                textcoords="offset points",
+                fontsize=7,
             )
             placed.append((x, own.mean))
         front = pareto_front(placed)
@@ -109,7 +120,10 @@ def plot_pareto(points: Sequence[tuple[str, Result]], title: str, path: pathlib.
         axes.grid(alpha=0.3)
     panels[0].set_xscale("log", base=2)
     panels[0].xaxis.set_major_formatter("{x:g}")
-    panels[0].set(xlabel="cost of a gradient entry (bits)", ylabel="test accuracy (%)")
+    panels[0].set(
+        xlabel="cost of a gradient entry (bits; equal ones side by side)",
+        ylabel="test accuracy (%)",
+    )
     panels[1].set_xlabel("training step, median (ms)")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=6.5)

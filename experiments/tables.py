@@ -16,7 +16,7 @@ from statistics import fmean
 from typing import Literal
 
 from experiments import cli
-from experiments.formats import Estimate, Table
+from experiments.formats import Estimate, Table, count
 from experiments.specs import Spec, parse
 from experiments.sweep import Result, SweepConfig, parse_all
 from experiments.sweep_run import run_groups
@@ -29,6 +29,7 @@ _RECIPES = (
     "fqt1_plus",
     "fqt1_plus:stratify",
     "fqt1:one_draw",
+    "fqt1:one_draw,stratify",
 )
 
 
@@ -155,7 +156,7 @@ def _table(
     if len(complete) < len(tasks):
         notes.append("The closing rows leave out what not every recipe finished.")
     return Table(
-        f"Test accuracy, %, mean ± deviation over {n} seeds; {config.optimizer}",
+        f"Test accuracy, %, mean ± deviation over {count(n, 'seed')}; {config.optimizer}",
         ["data set", "model", *names],
         rows,
         notes,

@@ -74,7 +74,7 @@ def test_runs_that_differ_in_their_seeds_alone_are_one_line(tmp_path, monkeypatc
     markdown = pathlib.Path("report.md").read_text()
     assert "| fqt1, learning_rate=- | 2 | 92.0 ± 2.8 | 50.0 ± 0.0 | 1 | - | 3.0 ± 0.0 |" in markdown
     assert "| fqt1:bits=2, learning_rate=0.5 | 1 | 80.0 |" in markdown
-    assert "1 runs that have not ended are left out" in markdown
+    assert "Left out: 1 run not ended." in markdown
     assert r"fqt1:bits=2, learning\_rate=0.5 & 1 & 80.0" in pathlib.Path("report.tex").read_text()
     text = pathlib.Path("report.html").read_text()
     page = Page(text)

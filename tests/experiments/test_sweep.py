@@ -253,3 +253,35 @@ def test_runs_that_differ_in_values_alone_share_their_steps():
     other = {"head_learning_rate": 0.5, "bits": 2, "epochs": 7, "one_draw": True, "momentum": 0.5}
     for name, value in other.items():
         assert dataclasses.replace(base, **{name: value}).compiled() != base.compiled(), name
+
+
+def test_rates_can_be_tuned_on_several_seeds(tmp_path):
+    store, cells = Store(tmp_path), dataclasses.replace(group((0.1, 0.2, 0.4), (5, 6, 7)), tuning=2)
+    # By the first seed alone it would be 0.1; 0.4 is best for both but failed once.
+    quality = {
+        (0.1, 5): 0.8,
+        (0.1, 6): 0.2,
+        (0.2, 5): 0.7,
+        (0.2, 6): 0.6,
+        (0.4, 5): 0.9,
+        (0.4, 6): None,
+        (0.2, 7): 0.1,
+    }
+    for cell in plan(cells, store):
+        value = quality[cell.config.learning_rate, cell.config.seed]
+        if value is None:
+            store.fail(cell, "the loss became nan", diverged=True)
+        elif not store.settled(cell):
+            finish(store, cell, validation=value)
+    result = collect(cells, store)
+    assert result.rate == 0.2
+    assert result.tried == {0.1: 0.5, 0.2: pytest.approx(0.65), 0.4: None}
+    assert list(result.summaries) == [5, 6, 7]
+    assert result.failures == {}
+    assert Group.from_json(cells.to_json()) == cells
+
+
+@pytest.mark.parametrize("tuning", [0, 3])
+def test_there_must_be_seeds_to_tune_on(tuning):
+    with pytest.raises(UserError, match="tuned on 1 to 2 seeds"):
+        dataclasses.replace(group((0.1,), (5, 6)), tuning=tuning)
