@@ -66,7 +66,11 @@ class Between(NamedTuple):
 
 
 def run_chain(
-    x: jax.Array, betweens: Sequence[Between], convs: Sequence[Callable[..., Any]]
+    x: jax.Array,
+    betweens: Sequence[Between],
+    convs: Sequence[Callable[..., Any]],
+    *,
+    residual: jax.Array | None = None,
 ) -> jax.Array:
     """Applies ``betweens[0]``, ``convs[0]``, ``betweens[1]``, ..., ``betweens[-1]``.
 
@@ -79,12 +83,14 @@ def run_chain(
       x: input, ``[N, H, W, C]``.
       betweens: one more than there are convolutions.
       convs: the convolutions.
+      residual: added to the output, of its shape: a block's shortcut.
 
     Returns:
-      The output of the last one, ``[N, H', W', C']``.
+      The output of the last one, ``[N, H', W', C']``, plus the residual.
 
     Raises:
-      ValueError: the numbers of ``betweens`` and ``convs`` do not fit, or a layer refuses.
+      ValueError: the numbers of ``betweens`` and ``convs`` do not fit, the residual has another
+        shape than the output, or a layer refuses.
 
     Example:
       >>> import jax.numpy as jnp
@@ -102,22 +108,42 @@ def run_chain(
             f"{len(convs)} convolutions have {len(convs) + 1} places around them; got "
             f"{len(betweens)} betweens."
         )
-    if not _can_fuse(x, betweens, convs):
+    if not _can_fuse(x, betweens, convs, residual):
         x = betweens[0](x)
         for conv, between in zip(convs, betweens[1:], strict=True):
             x = between(conv(x))
-        return x
+        return x if residual is None else _add(x, residual)
     # Layers that a rule keeps in float part the chain.
     layers: Sequence[Any] = convs
     cuts = [-1, *(i for i, conv in enumerate(layers) if not conv.recipe.binary), len(layers)]
     for cut, end in itertools.pairwise(cuts):
         if cut >= 0:
             x = convs[cut](x)
-        x = _run_fused(x, betweens[cut + 1 : end + 1], convs[cut + 1 : end])
+        is_last = end == len(layers)
+        x = _run_fused(
+            x, betweens[cut + 1 : end + 1], convs[cut + 1 : end], residual if is_last else None
+        )
     return x
 
 
-def _can_fuse(x: jax.Array, betweens: Sequence[Between], convs: Sequence[Any]) -> bool:
+def _check_residual(shape: tuple[int, ...], residual: jax.Array) -> None:
+    if residual.shape != shape:
+        raise ValueError(
+            f"residual must have the shape of the output, {shape}; got {residual.shape}."
+        )
+
+
+def _add(x: jax.Array, residual: jax.Array) -> jax.Array:
+    _check_residual(x.shape, residual)
+    return x + residual
+
+
+def _can_fuse(
+    x: jax.Array,
+    betweens: Sequence[Between],
+    convs: Sequence[Any],
+    residual: jax.Array | None,
+) -> bool:
     def is_plain(layer: Any) -> bool:
         return isinstance(layer, QuantConv) and (
             not layer.recipe.binary
@@ -150,6 +176,7 @@ def _can_fuse(x: jax.Array, betweens: Sequence[Between], convs: Sequence[Any]) -
         and all(map(is_plain, convs))
         and any(conv.implementation in (None, "native") for conv in convs)
         and all(map(is_linear, betweens))
+        and (residual is None or residual.dtype == jnp.float32)
     )
 
 
@@ -175,11 +202,17 @@ class _Link(NamedTuple):
 class _Static(NamedTuple):
     shapes: tuple[_Shape, ...]
     links: tuple[_Link, ...]
+    has_residual: bool
 
 
-def _run_fused(x: jax.Array, betweens: Sequence[Between], convs: Sequence[Any]) -> jax.Array:
+def _run_fused(
+    x: jax.Array,
+    betweens: Sequence[Between],
+    convs: Sequence[Any],
+    residual: jax.Array | None,
+) -> jax.Array:
     if not convs and betweens[0] == Between():
-        return x
+        return x if residual is None else _add(x, residual)
     links, weights, seeds = [], [], []
     size = x.shape[1:3]
     for between, conv in zip(betweens, convs, strict=False):
@@ -190,10 +223,12 @@ def _run_fused(x: jax.Array, betweens: Sequence[Between], convs: Sequence[Any]) 
         scale = None if conv.scale is None else conv.scale[...]
         weights.append((conv.kernel[...], scale))
         seeds.append(None if conv.rounding is None else seeds_from_key(conv.rounding(), 4))
-    static = _Static(tuple(_shape_of(between) for between in betweens), tuple(links))
+    shapes = tuple(_shape_of(between) for between in betweens)
+    static = _Static(shapes, tuple(links), residual is not None)
     params = [_params_of(between) for between in betweens]
     running = [_running_of(between) for between in betweens]
-    out, statistics = _fused(static, *varying_together((x, weights, params, running, seeds)))
+    operands = (x, weights, params, running, seeds, residual)
+    out, statistics = _fused(static, *varying_together(operands))
     for between, shape, of_batch in zip(betweens, static.shapes, statistics, strict=True):
         if shape.has_norm and not shape.uses_running:
             norm: Any = between.norm
@@ -302,18 +337,30 @@ class _Residuals(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused(
-    static: _Static, x: jax.Array, weights: Any, params: Any, running: Any, seeds: Any
+    static: _Static,
+    x: jax.Array,
+    weights: Any,
+    params: Any,
+    running: Any,
+    seeds: Any,
+    residual: jax.Array | None,
 ) -> tuple[jax.Array, list[Any]]:
-    return _fused_fwd(static, x, weights, params, running, seeds)[0]
+    return _fused_fwd(static, x, weights, params, running, seeds, residual)[0]
 
 
 def _fused_fwd(
-    static: _Static, x: jax.Array, weights: Any, params: Any, running: Any, seeds: Any
+    static: _Static,
+    x: jax.Array,
+    weights: Any,
+    params: Any,
+    running: Any,
+    seeds: Any,
+    residual: jax.Array | None,
 ) -> tuple[tuple[jax.Array, list[Any]], _Residuals]:
     kept = _Residuals(x, [], [], [], [], [], [], weights, params, running, seeds)
     statistics = []
     source, scale = x, vary(jnp.ones(x.shape[3], jnp.float32), varying_axes(x))
-    nan_samples = jnp.zeros((), jnp.float32)
+    nan_samples = None
     for i, shape in enumerate(static.shapes):
         weights_of_rows = _weights_of_rows(running[i])
         needs_moments = shape.has_norm and (not shape.uses_running or weights_of_rows is not None)
@@ -323,10 +370,13 @@ def _fused_fwd(
         kept.scales.append(scale)
         statistics.append(of_batch)
         if i == len(static.links):
-            return (transforms.activate(source, line, shape.pool) + nan_samples, statistics), kept
+            if residual is not None:
+                _check_residual(transforms.pooled_shape(source.shape, shape.pool), residual)
+            out = transforms.activate(source, line, shape.pool, nan_samples, residual)
+            return (out, statistics), kept
         signs, clip, nan = transforms.encode(source, line, shape.pool)
         if i == 0:
-            nan_samples = nan.reshape(-1, 1, 1, 1)
+            nan_samples = nan
         signs, clip = checkpoint_name(signs, "fqt_signs"), checkpoint_name(clip, "fqt_clip")
         w_signs, scale = _weights(static.links[i].recipe, weights[i])
         # Signs would hide a NaN: it goes on as that of the scale.
@@ -357,7 +407,7 @@ def _weights(recipe: Recipe, weight: Any) -> tuple[PackedBits, jax.Array]:
 
 def _fused_bwd(
     static: _Static, kept: _Residuals, cotangents: Any
-) -> tuple[jax.Array, Any, Any, None, None]:
+) -> tuple[jax.Array, Any, Any, None, None, jax.Array | None]:
     d, samples = cotangents[0], None
     d_params: list[Any] = [None] * len(static.shapes)
     d_weights: list[Any] = [None] * len(static.links)
@@ -387,7 +437,8 @@ def _fused_bwd(
         if i == 0:
             d_weights = [tuple(pair) for pair in d_weights]
             no_running = jax.tree.map(jnp.zeros_like, kept.running)
-            return g, d_weights, d_params, no_running, None
+            d_residual = cotangents[0] if static.has_residual else None
+            return g, d_weights, d_params, no_running, None, d_residual
         d, samples, d_weights[i - 1] = _conv_bwd(static.links[i - 1], kept, i - 1, g, lo, hi)
         d_weights[i - 1] = _add_scale_gradient(
             static.links[i - 1].recipe, kept.weights[i - 1], d_weights[i - 1], d_scale

@@ -218,3 +218,48 @@ def test_lengths_that_do_not_fit():
     message = "1 convolutions have 2 places around them; got 1 betweens."
     with pytest.raises(ValueError, match=re.escape(message)):
         run_chain(images(), [Between()], [Net([fqt.QAT] * 3).convs[0]])
+
+
+class _Block(nnx.Module):
+    """A residual block whose shortcut is the identity."""
+
+    def __init__(self, recipes):
+        rngs = nnx.Rngs(params=0, rounding=1)
+        self.norms = nnx.List([nnx.BatchNorm(8, momentum=0.9, rngs=rngs) for _ in range(2)])
+        self.convs = nnx.List(
+            [fqt.QuantConv(8, 8, 3, use_bias=False, recipe=recipe, rngs=rngs) for recipe in recipes]
+        )
+        self.act = nnx.PReLU(0.25)
+
+    def __call__(self, x):
+        betweens = (Between(self.norms[0]), Between(self.norms[1]), Between(act=self.act))
+        return run_chain(x, betweens, self.convs, residual=x)
+
+
+@pytest.mark.parametrize("recipes", [[fqt.QAT] * 2, [fqt.QAT, fqt.FULL_PRECISION]])
+def test_residual_is_added_as_in_turn(recipes, monkeypatch):
+    x = images()
+    fused = value_and_grads(_Block(recipes), x)
+    with in_turn(monkeypatch):
+        expected = value_and_grads(_Block(recipes), x)
+    assert_trees_close(fused, expected, 1e-4)
+
+
+def test_residual_may_have_another_dtype():
+    block = _Block([fqt.QAT] * 2)
+    x = images()
+    betweens = [Between(), Between(), Between()]
+    out = run_chain(x, betweens, block.convs, residual=x.astype(jnp.bfloat16))
+    plain = run_chain(x, betweens, block.convs) + x.astype(jnp.bfloat16)
+    np.testing.assert_allclose(out, plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("recipes", [[fqt.QAT] * 2, [fqt.QAT, fqt.FULL_PRECISION]])
+def test_residual_of_another_shape(recipes, monkeypatch):
+    block, x = _Block(recipes), images()
+    betweens = [Between(), Between(), Between()]
+    message = "residual must have the shape of the output, (6, 9, 9, 8); got (6, 9, 9, 1)."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run_chain(x, betweens, block.convs, residual=x[..., :1])
+    with in_turn(monkeypatch), pytest.raises(ValueError, match=re.escape(message)):
+        run_chain(x, betweens, block.convs, residual=x[..., :1])

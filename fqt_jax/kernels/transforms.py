@@ -60,7 +60,7 @@ def moments(source: jax.Array, weights: jax.Array | None = None) -> jax.Array:
 
 def encode(source: jax.Array, line: Line, pool: int) -> tuple[PackedBits, PackedBits, jax.Array]:
     """Signs of ``t``, where ``|t| <= 1``, and for each sample NaN if a float source makes one."""
-    n, *shape = _pooled(source.shape, pool)
+    n, *shape = pooled_shape(source.shape, pool)
     words = jax.ShapeDtypeStruct((n, -(-math.prod(shape) // WORD_BITS)), jnp.uint32)
     nan = jax.ShapeDtypeStruct((n,), jnp.float32)
     signs, clip, nan = native.call(
@@ -69,10 +69,31 @@ def encode(source: jax.Array, line: Line, pool: int) -> tuple[PackedBits, Packed
     return PackedBits(signs, tuple(shape)), PackedBits(clip, tuple(shape)), nan
 
 
-def activate(source: jax.Array, line: Line, pool: int) -> jax.Array:
-    """``t``, ``float32[N, H // pool, W // pool, C]``."""
-    out = jax.ShapeDtypeStruct(_pooled(source.shape, pool), jnp.float32)
-    return native.call("activate", out, source, jnp.stack(line), pool=np.int64(pool))
+def activate(
+    source: jax.Array,
+    line: Line,
+    pool: int,
+    offsets: jax.Array | None = None,
+    added: jax.Array | None = None,
+) -> jax.Array:
+    """``t``, ``float32[N, H // pool, W // pool, C]``, and what is added to it.
+
+    Args:
+      source, line, pool: of the function.
+      offsets: added to all entries of a sample, ``float32[N]``.
+      added: ``float32`` of the shape of the result.
+    """
+    out = jax.ShapeDtypeStruct(pooled_shape(source.shape, pool), jnp.float32)
+    none = jnp.zeros(0, jnp.float32)
+    return native.call(
+        "activate",
+        out,
+        source,
+        jnp.stack(line),
+        none if offsets is None else offsets,
+        none if added is None else added,
+        pool=np.int64(pool),
+    )
 
 
 def gradient_sums(
@@ -149,7 +170,8 @@ def finish_weight_grad(dw: jax.Array, w: jax.Array, d_scale: jax.Array, *, clip:
     return native.call("finish_weight_grad", out, dw, w, d_scale, in_place={0: 0}, clips=clip)
 
 
-def _pooled(shape: tuple[int, ...], pool: int) -> tuple[int, ...]:
+def pooled_shape(shape: tuple[int, ...], pool: int) -> tuple[int, ...]:
+    """Shape of ``t``."""
     return shape[0], shape[1] // pool, shape[2] // pool, shape[3]
 
 

@@ -108,8 +108,8 @@ class _Block(nnx.Module):
             Between(self.norm2, self.act1, order="act_norm"),
             Between(act=self.act2),
         )
-        y = run_chain(x, betweens, (self.conv1, self.conv2))
-        return y + (x if self.shortcut is None else self.shortcut(x))
+        residual = x if self.shortcut is None else self.shortcut(x)
+        return run_chain(x, betweens, (self.conv1, self.conv2), residual=residual)
 
 
 class _Shortcut(nnx.Module):

@@ -215,6 +215,7 @@ def test_nan_is_seen():
 
 
 NONE = jnp.zeros(0, jnp.float32)
+SUMS = jnp.zeros((2, 4, 4, 8), jnp.int16)
 SHAPES = {
     "moments": (jax.ShapeDtypeStruct((4, 8), jnp.float32),),
     "activate": (jax.ShapeDtypeStruct((2, 4, 4, 8), jnp.float32),),
@@ -229,19 +230,21 @@ SHAPES = {
         ("moments", (jnp.zeros((0, 4, 4, 8), jnp.int16), NONE), {}, "not be empty"),
         ("moments", (jnp.zeros((2, 4, 4, 9), jnp.int16), NONE), {}, "wrong shape"),
         ("moments", (jnp.zeros((2, 4, 4, 8), jnp.int16), jnp.zeros(3)), {}, "weights must have"),
-        ("activate", (jnp.zeros((2, 4, 4, 8), jnp.int16), jnp.zeros((6, 7))), {}, "coefficients"),
-        ("activate", (jnp.zeros((2, 4, 4, 8), jnp.int16), jnp.zeros((5, 8))), {}, "coefficients"),
+        ("activate", (SUMS, jnp.zeros((6, 7)), NONE, NONE), {}, "coefficients"),
+        ("activate", (SUMS, jnp.zeros((5, 8)), NONE, NONE), {}, "coefficients"),
+        ("activate", (SUMS, jnp.zeros((6, 8)), NONE, NONE), {"pool": np.int64(0)}, "pool"),
         (
             "activate",
-            (jnp.zeros((2, 4, 4, 8), jnp.int16), jnp.zeros((6, 8))),
-            {"pool": np.int64(0)},
-            "pool",
-        ),
-        (
-            "activate",
-            (jnp.zeros((2, 4, 4, 8), jnp.int16), jnp.zeros((6, 8))),
+            (SUMS, jnp.zeros((6, 8)), NONE, NONE),
             {"pool": np.int64(2)},
             "output has the wrong shape",
+        ),
+        ("activate", (SUMS, jnp.zeros((6, 8)), jnp.zeros(3), NONE), {}, "offsets must have"),
+        (
+            "activate",
+            (SUMS, jnp.zeros((6, 8)), NONE, jnp.zeros((2, 4, 4, 7))),
+            {},
+            "what is added",
         ),
     ],
 )

@@ -116,7 +116,9 @@ struct EncodeArgs {
 
 struct ActivateArgs {
   TransformArgs transform;
-  float* t;  // [n, h / pool, w / pool, c]
+  const float* offsets;  // [n], or null: added to all of a sample
+  const float* added;    // of t's shape, or null
+  float* t;              // [n, h / pool, w / pool, c]
 };
 
 struct GradientSumsArgs {

@@ -244,7 +244,7 @@ class Encode final : public PerSample {
   const EncodeArgs args_;
 };
 
-// t itself.
+// t itself, and what is added to it.
 template <typename Source>
 class Activate final : public PerSample {
  public:
@@ -253,10 +253,19 @@ class Activate final : public PerSample {
  private:
   void run_sample(int64_t n) override {
     const int64_t rows_out = args_.transform.shape.h / args_.transform.pool;
+    const float offset = args_.offsets == nullptr ? 0.0f : args_.offsets[n];
     Rows<Source> rows(args_.transform);
+    const int64_t size = rows.pooled_size();
     for (int64_t y = 0; y < rows_out; ++y) {
-      std::copy_n(rows.pooled(n, y), rows.pooled_size(),
-                  args_.t + (n * rows_out + y) * rows.pooled_size());
+      const int64_t first = (n * rows_out + y) * size;
+      const float* __restrict t = rows.pooled(n, y);
+      float* __restrict out = args_.t + first;
+      if (args_.added == nullptr) {
+        for (int64_t i = 0; i < size; ++i) out[i] = t[i] + offset;
+      } else {
+        const float* __restrict added = args_.added + first;
+        for (int64_t i = 0; i < size; ++i) out[i] = t[i] + offset + added[i];
+      }
     }
   }
 

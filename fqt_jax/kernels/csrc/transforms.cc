@@ -42,11 +42,15 @@ void require_pooled(Dimensions dimensions, const TransformArgs& t, int64_t sampl
           message);
 }
 
-// How much each sample counts in the moments; no weights are ones.
+// A number for each sample, or null for none.
+const float* of_samples(const Floats& values, const Shape& shape, const char* message) {
+  if (values.element_count() == 0) return nullptr;
+  require(has_shape(values.dimensions(), {shape.n}), message);
+  return values.typed_data();
+}
+
 const float* sample_weights(const Floats& weights, const Shape& shape) {
-  if (weights.element_count() == 0) return nullptr;
-  require(has_shape(weights.dimensions(), {shape.n}), "weights must have one for each sample");
-  return weights.typed_data();
+  return of_samples(weights, shape, "weights must have one for each sample");
 }
 
 ffi::Future moments(ffi::ThreadPool pool, ffi::AnyBuffer s, Floats weights,
@@ -78,13 +82,19 @@ ffi::Future encode(ffi::ThreadPool pool, ffi::AnyBuffer s, Floats coefficients,
   });
 }
 
-ffi::Future activate(ffi::ThreadPool pool, ffi::AnyBuffer s, Floats coefficients,
-                     ffi::Result<Floats> out, int64_t window) {
+constexpr char kOffsets[] = "offsets must have one for each sample";
+
+ffi::Future activate(ffi::ThreadPool pool, ffi::AnyBuffer s, Floats coefficients, Floats offsets,
+                     Floats added, ffi::Result<Floats> out, int64_t window) {
   return guarded([&] {
     const TransformArgs t = make_transform(s, coefficients, kForwardRows, window);
     require_pooled(out->dimensions(), t, t.shape.n, "the output has the wrong shape");
-    return run_tasks(current_kernels().activate({t, to_write(out)}), pool,
-                     pass_threads(pool, entries(t.shape)));
+    const bool adds = added.element_count() > 0;
+    if (adds) require_pooled(added.dimensions(), t, t.shape.n, "what is added has the wrong shape");
+    return run_tasks(current_kernels().activate({t, of_samples(offsets, t.shape, kOffsets),
+                                                 adds ? added.typed_data() : nullptr,
+                                                 to_write(out)}),
+                     pool, pass_threads(pool, entries(t.shape)));
   });
 }
 
@@ -181,6 +191,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(FqtActivate, activate,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
                                   .Arg<Floats>()
                                   .Ret<Floats>()
                                   .Attr<int64_t>("pool"));

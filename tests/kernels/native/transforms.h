@@ -264,8 +264,14 @@ bool check_transforms(uint64_t seed) {
     };
     const float garbage = 12345;
     std::vector<float> out(t.size(), garbage);
-    run(kernels->activate({c.args(), out.data()}), c.random);
+    run(kernels->activate({c.args(), nullptr, nullptr, out.data()}), c.random);
     expect(same(out, t), "activate");
+    std::vector<float> sum(t);
+    for (size_t i = 0; i < t.size(); ++i) {
+      sum[i] = t[i] + c.weights[i / (t.size() / static_cast<size_t>(shape.n))] + t[i];
+    }
+    run(kernels->activate({c.args(), c.weights.data(), t.data(), out.data()}), c.random);
+    expect(same(out, sum), "activate and add");
     const std::vector<uint32_t> signs = packed(t, shape.n, positive), clip = packed(t, shape.n, inside);
     std::vector<uint32_t> got_signs(signs.size(), 99), got_clip(clip.size(), 99);
     std::vector<float> nan(static_cast<size_t>(shape.n), garbage);
