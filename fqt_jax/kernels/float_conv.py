@@ -5,7 +5,9 @@ to the input on images of 4x4 and larger, but below 1 on 2x2, where im2col with 
 50, and 8 on 3x3 windows of an image of three channels, where that does 12. Its weight gradient
 does 2 on 32x32x64; one dot for each tap of the window does 12 to 50 everywhere, and im2col is best
 where there are few input channels. Elsewhere than on the CPU, XLA's own convolution is used
-throughout.
+throughout. A layer whose input are images of few channels does not come here where the native
+kernels serve (:func:`fqt_jax.kernels.native.float_conv`): they took 12 ms where im2col took 34, on
+128 images of 32x32x3 with 64 outputs, and 11 for 26 of the weight gradient.
 """
 
 from __future__ import annotations

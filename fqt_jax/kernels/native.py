@@ -30,6 +30,22 @@ from fqt_jax.kernels.contract import (
 from fqt_jax.pruning import Selection
 from fqt_jax.sharding import vary, varying_axes
 
+_KERNELS = {
+    "fqt_jax_forward",
+    "fqt_jax_input_grad",
+    "fqt_jax_weight_grad",
+    "fqt_jax_moments",
+    "fqt_jax_encode",
+    "fqt_jax_encode_weights",
+    "fqt_jax_activate",
+    "fqt_jax_gradient_sums",
+    "fqt_jax_gradient",
+    "fqt_jax_finish_weight_grad",
+    "fqt_jax_float_conv",
+    "fqt_jax_float_conv_weight_grad",
+    "fqt_jax_adam",
+}
+
 
 def _load() -> str | None:
     """Registers the kernels; returns why they cannot be used, or ``None``."""
@@ -39,6 +55,9 @@ def _load() -> str | None:
         return "the extension was not built (no C++ compiler when fqt_jax was installed?)"
     except ImportError as error:
         return f"the extension does not load: {error}"
+    registrations = _native.registrations()
+    if not hasattr(_native, "ffi_version") or not registrations.keys() >= _KERNELS:
+        return "the extension was built from older sources: install fqt_jax again"
     built, here = _native.ffi_version(), _installed_ffi_version()
     if built[0] != here[0] or built > here:
         # Registered all the same, such kernels would keep JAX's CPU backend from starting.
@@ -53,7 +72,7 @@ def _load() -> str | None:
         except ValueError as error:
             supported = ", ".join(_native.supported_isas())
             return f"FQT_JAX_ISA: {error}; it runs {supported}"
-    for name, capsule in _native.registrations().items():
+    for name, capsule in registrations.items():
         jax.ffi.register_ffi_target(name, capsule, platform="cpu")
     return None
 

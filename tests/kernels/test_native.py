@@ -275,3 +275,13 @@ def test_an_extension_of_a_newer_interface_is_refused(monkeypatch, newer):
     monkeypatch.setattr(extension, "ffi_version", lambda: (major, max(0, minor - 1)))
     assert native._load() is None
     assert registered
+
+
+def test_an_extension_of_older_sources_is_refused(monkeypatch):
+    import fqt_jax.kernels._native as extension
+
+    registrations = extension.registrations()
+    assert set(registrations) == native._KERNELS
+    registrations.pop("fqt_jax_adam")
+    monkeypatch.setattr(extension, "registrations", lambda: registrations)
+    assert "built from older sources" in native._load()
