@@ -6,6 +6,10 @@ Trains a model with float gradients and, before training and after each epoch, e
 gradient on one batch over and over with each recipe. Reports the noise-to-signal ratio
 sqrt(E |g' - E g'|^2) / |g| and the bias |E g' - g| / |g| of the kernels' gradients, as root mean
 squares over the kernels; g is the float gradient. Each kernel counts alike, as it does for Adam.
+
+    python -m experiments.estimators --checkpoint runs/NAME --layers
+
+starts from a trained model, and tells the noise of each layer as well.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from experiments.data.augment import normalize
 from experiments.formats import Table
 from experiments.plain_training import plain_epochs
 from experiments.sweep import parse_all
+from fqt_jax.checkpoints import latest_checkpoint
 from fqt_jax.gradients import LossesOf, OneDraw, batch_gradients, drawn_gradients
 from fqt_jax.training import cross_entropy
 from fqt_jax.tree import leaf_name
@@ -37,7 +42,7 @@ _BLOCK = 8
 
 @dataclasses.dataclass(frozen=True)
 class EstimatorsConfig(RunConfig):
-    """The training run, from random values and without augmentation, and what is estimated."""
+    """The training run, without augmentation, and what is estimated."""
 
     dataset: str = "mnist5k"
     """Data set, as for experiments.finetune."""
@@ -53,6 +58,8 @@ class EstimatorsConfig(RunConfig):
     """Learning rate."""
     epochs: int = 3
     """Passes over the training data."""
+    checkpoint: pathlib.Path | None = None
+    """Start from this, the folder of a run or a checkpoint in it; the default is random values."""
     estimators: tuple[str, ...] = (
         "psq1",
         "fqt1",
@@ -70,6 +77,8 @@ class EstimatorsConfig(RunConfig):
     """Images of the batch whose gradient is estimated."""
     draws: int = 256
     """Estimates of each gradient."""
+    layers: bool = False
+    """Show the noise of each layer, the float ones included."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,6 +115,25 @@ class Error(NamedTuple):
     noise: float
     bias: float
     least: float
+
+
+class Layer(NamedTuple):
+    """What one layer's part of an estimator is like, relative to the norm of the exact one.
+
+    Attributes:
+      noise: ``sqrt(E |g' - E g'|^2) / |g|``.
+      largest: the largest ``|g'| / |g|`` of any draw.
+    """
+
+    noise: float
+    largest: float
+
+
+class Measured(NamedTuple):
+    """An estimator's error over all kernels, and layer by layer."""
+
+    error: Error
+    layers: dict[str, Layer]
 
 
 def relative_error(blocks: np.ndarray, mean_square: float, draws: int, norm: float) -> Error:
@@ -153,47 +181,68 @@ class _Estimator:
                 result = batch_gradients(*operands)
             else:
                 result = drawn_gradients(*operands, one_draw, draw_key)
-            return jnp.concatenate([jnp.ravel(g) for g in _kernels(result.grads)])
+            return jnp.concatenate([jnp.ravel(g) for g in _kernels(result.grads).values()])
 
         self.gradient = jax.jit(gradient)
 
         @jax.jit
         def block(
             params: Any, x: jax.Array, y: jax.Array, exact: jax.Array, keys: jax.Array
-        ) -> tuple[jax.Array, jax.Array]:
-            scale = _inverse_norms(exact, [leaf.size for leaf in _kernels(params)])
+        ) -> tuple[jax.Array, jax.Array, jax.Array]:
+            ends = _ends(params)
+            norms = jnp.maximum(jnp.sqrt(_squares(exact, ends)), jnp.float32(1e-30))
+            sizes = np.diff(ends, prepend=0)
+            scale = jnp.concatenate([jnp.full(m, 1 / n) for m, n in zip(sizes, norms, strict=True)])
 
-            def add(total: Any, key: jax.Array) -> tuple[Any, None]:
-                d = (gradient(params, x, y, key) - exact) * scale
-                return (total[0] + d, total[1] + jnp.sum(d * d)), None
+            def add(found: Any, key: jax.Array) -> tuple[Any, None]:
+                total, squares, largest = found
+                g = gradient(params, x, y, key)
+                d = (g - exact) * scale
+                largest = jnp.maximum(largest, jnp.sqrt(_squares(g * scale, ends)))
+                return (total + d, squares + _squares(d, ends), largest), None
 
-            zero = (jnp.zeros_like(exact), jnp.zeros((), exact.dtype))
-            return jax.lax.scan(add, zero, keys)[0]
+            none = jnp.zeros(len(ends), exact.dtype)
+            return jax.lax.scan(add, (jnp.zeros_like(exact), none, none), keys)[0]
 
         self._block = block
 
-    def error(
+    def measure(
         self, params: Any, x: jax.Array, y: jax.Array, exact: jax.Array, keys: jax.Array
-    ) -> Error:
+    ) -> Measured:
         """The error of draws with these keys."""
         found = [self._block(params, x, y, exact, k) for k in keys.reshape(-1, _BLOCK)]
-        means = np.stack([np.asarray(total) / _BLOCK for total, _ in found])
-        mean_square = float(sum(float(square) for _, square in found)) / len(keys)
-        return relative_error(means, mean_square, len(keys), len(_kernels(params)) ** 0.5)
+        totals, squares, largest = (
+            np.stack(part).astype(np.float64) for part in zip(*found, strict=True)
+        )
+        n, ends = len(keys), _ends(params)
+        blocks, squares = totals / _BLOCK, squares.sum(0) / n
+        error = relative_error(blocks, float(squares.sum()), n, len(ends) ** 0.5)
+        variances = (squares - _squares(blocks.mean(0), ends)) * n / (n - 1)
+        noise = np.sqrt(np.maximum(variances, 0))
+        values = zip(_kernels(params), noise, largest.max(0), strict=True)
+        return Measured(error, {name: Layer(float(a), float(b)) for name, a, b in values})
 
 
-def _kernels(tree: Any) -> list[jax.Array]:
+def _kernels(tree: Any) -> dict[str, jax.Array]:
+    """The layers' kernels, by the path of the layer."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return [leaf for path, leaf in leaves if leaf_name(path).endswith("kernel")]
+    named = [(leaf_name(path), leaf) for path, leaf in leaves]
+    return {
+        name.removesuffix(".kernel").replace(".", "/"): leaf
+        for name, leaf in named
+        if name.endswith("kernel")
+    }
 
 
-def _inverse_norms(g: jax.Array, sizes: list[int]) -> jax.Array:
-    """Of each entry, one over the norm of the kernel's gradient that it belongs to."""
-    parts = jnp.split(g, np.cumsum(sizes)[:-1])
-    norms = [jnp.maximum(jnp.linalg.norm(part), jnp.float32(1e-30)) for part in parts]
-    return jnp.concatenate(
-        [jnp.full(part.shape, 1 / n) for part, n in zip(parts, norms, strict=True)]
-    )
+def _ends(params: Any) -> np.ndarray:
+    """Where each kernel ends in the vector of all of them."""
+    return np.cumsum([leaf.size for leaf in _kernels(params).values()])
+
+
+def _squares(g: Any, ends: np.ndarray) -> Any:
+    """Of the vector of all kernels, each one's sum of squares."""
+    xp = np if isinstance(g, np.ndarray) else jnp
+    return xp.stack([xp.sum(xp.square(part)) for part in xp.split(g, ends[:-1])])
 
 
 def main(config: EstimatorsConfig) -> None:
@@ -219,13 +268,16 @@ def main(config: EstimatorsConfig) -> None:
     batch, order = (images, labels), jnp.argsort(labels, stable=True)
     sorted_batch = (images[order], labels[order])
     keys = jax.random.split(jax.random.key(config.seed + 1), config.draws)
-    found: dict[str, list[Error]] = {label: [] for label in estimators}
-    model = tasks.build_task(config, dataset, None).model
+    found: dict[str, list[Measured]] = {label: [] for label in estimators}
+    start = config.checkpoint and (
+        latest_checkpoint(config.checkpoint / "checkpoints") or config.checkpoint
+    )
+    model = tasks.build_task(config, dataset, start).model
     for epoch, _, state in plain_epochs(config, dataset, model):
         g = exact.gradient(state.params, *batch, keys[0])
         for label, own in estimators.items():
             own_batch = sorted_batch if runs[label].stratify else batch
-            found[label].append(own.error(state.params, *own_batch, g, keys))
+            found[label].append(own.measure(state.params, *own_batch, g, keys))
         loss = f", loss {state.metrics.means()['loss']:.4f}" if epoch else ""
         print(f"epoch {epoch}/{config.epochs}{loss}", flush=True)
     write(config, found, folder)
@@ -239,7 +291,7 @@ _FLOAT_GRADIENT: dict[str, Any] = {
 } | dict.fromkeys(("bits", "keep", "sampler", "importance", "groups", "prune"))
 
 
-def write(config: EstimatorsConfig, found: dict[str, list[Error]], folder: pathlib.Path) -> None:
+def write(config: EstimatorsConfig, found: dict[str, list[Measured]], folder: pathlib.Path) -> None:
     """Shows the tables and writes them, as Markdown and JSON."""
     bits = {label: run.build_recipe().gradient for label, run in config.runs().items()}
     title = f"{config.dataset}, {config.model} x{config.width:g}, n = {config.images} images"
@@ -247,8 +299,12 @@ def write(config: EstimatorsConfig, found: dict[str, list[Error]], folder: pathl
 
     def rows(text: Callable[[Error], str]) -> list[list[str]]:
         return [
-            [label, f"{own.bits_per_entry:g}" if (own := bits[label]) else "32", *map(text, errors)]
-            for label, errors in found.items()
+            [
+                label,
+                f"{own.bits_per_entry:g}" if (own := bits[label]) else "32",
+                *(text(measured.error) for measured in epochs),
+            ]
+            for label, epochs in found.items()
         ]
 
     tables = [
@@ -264,10 +320,29 @@ def write(config: EstimatorsConfig, found: dict[str, list[Error]], folder: pathl
             ["Relative to the gradient's norm; below the value after <, not told from none."],
         ),
     ]
+    for epoch in range(config.epochs + 1) if config.layers else ():
+        own = {label: epochs[epoch].layers for label, epochs in found.items()}
+        tables.append(
+            Table(
+                f"{title}: noise-to-signal by layer, epoch {epoch}, {config.draws} draws",
+                ["estimator", *next(iter(own.values()))],
+                [
+                    [label, *(f"{one.noise:.1f} ({one.largest:.1f})" for one in layers.values())]
+                    for label, layers in own.items()
+                ],
+                ["In brackets the largest norm of any draw, over that of the exact gradient."],
+            )
+        )
     for table in tables:
         table.show()
     folders.write_text(folder / "tables.md", "\n".join(table.to_markdown() for table in tables))
-    values = {label: [error._asdict() for error in errors] for label, errors in found.items()}
+    values = {
+        label: [
+            error._asdict() | {"layers": {name: one._asdict() for name, one in layers.items()}}
+            for error, layers in epochs
+        ]
+        for label, epochs in found.items()
+    }
     folders.write_json(folder / "errors.json", values)
 
 

@@ -4,6 +4,7 @@ import pathlib
 import numpy as np
 import pytest
 
+from experiments import pretrain
 from experiments.cli import UserError
 from experiments.estimators import Error, EstimatorsConfig, main, relative_error
 
@@ -37,6 +38,35 @@ def test_the_experiment_tells_the_biased_estimator(capsys):
     assert "| qat | 32 |" in text
     assert "| fqt1_plus:stratify | 1 |" in text
     assert "written to run" in capsys.readouterr().out
+
+
+def test_each_layer_is_told_from_a_checkpoint():
+    options = {"limit": 64, "model": "vgg_small", "width": 0.25, "batch_size": 16, "epochs": 1}
+    pretrain.main(pretrain.PretrainConfig(**options, image_size=16, out=pathlib.Path("start")))
+    main(
+        EstimatorsConfig(
+            **options,
+            images=16,
+            estimators=("qat", "fqt1"),
+            draws=64,
+            layers=True,
+            checkpoint=pathlib.Path("start"),
+            out=pathlib.Path("run"),
+        )
+    )
+    found = json.loads(pathlib.Path("run/errors.json").read_text())
+    for exact, fqt1 in zip(found["qat"], found["fqt1"], strict=True):
+        assert list(exact["layers"]) == list(fqt1["layers"])
+        for layer in exact["layers"].values():
+            assert layer["noise"] == 0
+            assert layer["largest"] == pytest.approx(1, rel=1e-5)
+        # Each kernel counts alike in the error over all of them.
+        squares = [layer["noise"] ** 2 for layer in fqt1["layers"].values()]
+        assert np.mean(squares) == pytest.approx(fqt1["noise"] ** 2, rel=0.1)
+    text = pathlib.Path("run/tables.md").read_text()
+    assert "noise-to-signal by layer, epoch 0" in text
+    assert "noise-to-signal by layer, epoch 1" in text
+    assert json.loads(pathlib.Path("run/config.json").read_text())["checkpoint"] == "start"
 
 
 @pytest.mark.parametrize(
