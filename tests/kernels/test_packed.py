@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fqt_jax import PackedBits, Selection, kernels
-from fqt_jax.kernels import Rounding, UnsupportedError, Window
+from fqt_jax.kernels import Rounding, UnsupportedError, Window, packed
 from fqt_jax.kernels.packed import pack_bytes
 
 SAME = Window((3, 3), (1, 1), ((1, 1), (1, 1)))
@@ -73,3 +73,29 @@ def test_pack_bytes(rng, n, axis):
     bits = rng.integers(0, 2, shape).astype(np.uint8)
     expected = np.packbits(bits, axis=axis, bitorder="little")
     np.testing.assert_array_equal(pack_bytes(jnp.asarray(bits), axis), expected)
+
+
+@pytest.mark.parametrize(("c", "o"), [(64, 5), (3, 70), (300, 33)])
+def test_words_count_what_bytes_do(c, o, monkeypatch):
+    """Accelerators count the bits of words; the same code runs here."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = PackedBits.pack(jax.random.bernoulli(keys[0], shape=(3, 5, 4, c)))
+    w = PackedBits.pack(jax.random.bernoulli(keys[1], shape=(3, 3, c, o)), batch_ndim=0)
+    g = jax.random.normal(keys[2], (3, 5, 4, o))
+    seed = jnp.array([1, 2], jnp.uint32)
+    by_sample = Rounding(g.min((1, 2, 3)), jnp.ptp(g, (1, 2, 3)), seed, None, None, 4, "samples")
+    by_channel = Rounding(g.min((0, 1, 2)), jnp.ptp(g, (0, 1, 2)), seed, None, None, 4, "channels")
+
+    def products():
+        return (
+            packed.forward(x, w, SAME),
+            packed.input_grad(g, w, by_sample, SAME, (5, 4)),
+            packed.weight_grad(g, x, by_channel, SAME),
+        )
+
+    of_bytes = products()
+    joined = []
+    monkeypatch.setattr(packed, "_counts_words", lambda: joined.append(True) or True)
+    for words, others in zip(products(), of_bytes, strict=True):
+        np.testing.assert_array_equal(words, others)
+    assert joined
