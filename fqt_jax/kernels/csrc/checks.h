@@ -41,6 +41,10 @@ inline bool has_shape(Dimensions dimensions, std::initializer_list<int64_t> shap
   return std::equal(dimensions.begin(), dimensions.end(), shape.begin(), shape.end());
 }
 
+inline bool has_shape(Dimensions dimensions, Dimensions shape) {
+  return std::equal(dimensions.begin(), dimensions.end(), shape.begin(), shape.end());
+}
+
 inline Axis make_axis(int64_t in, int64_t window, int64_t stride, int64_t before, int64_t after) {
   constexpr int64_t kLimit = int64_t{1} << 31;
   require(in >= 0 && in < kLimit, "the image's size is out of range");

@@ -58,18 +58,15 @@ ffi::Future float_conv_weight_grad(ffi::ThreadPool pool, Floats x, Floats g, ffi
 
 using namespace fqt;
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(FqtFloatConv, float_conv,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Ret<Floats>()
-                                  .Attr<ffi::Span<const int64_t>>("sizes"));
+// Two operands, one result, and the sizes.
+static auto binding() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<Floats>()
+      .Arg<Floats>()
+      .Ret<Floats>()
+      .Attr<ffi::Span<const int64_t>>("sizes");
+}
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(FqtFloatConvWeightGrad, float_conv_weight_grad,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Ret<Floats>()
-                                  .Attr<ffi::Span<const int64_t>>("sizes"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FqtFloatConv, float_conv, binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FqtFloatConvWeightGrad, float_conv_weight_grad, binding());

@@ -82,10 +82,7 @@ class FloatConv final : public PerSample {
     }
   }
 
- private:
-  static constexpr int64_t kPositions = 4;
-
-  void run_sample(int64_t n) override {
+  void run(int64_t n) override {
     const Geometry& g = args_.geometry;
     const PaddedImage image(g);
     image.read(args_.x, n);
@@ -117,6 +114,9 @@ class FloatConv final : public PerSample {
     }
   }
 
+ private:
+  static constexpr int64_t kPositions = 4;
+
   const FloatConvArgs args_;
   const int64_t terms_, panels_;
   const Buffer<float> weights_;  // [panels, terms, kPanel]
@@ -144,20 +144,20 @@ inline void add_weight_gradients(const float* x, const int64_t* offsets, int64_t
   }
 }
 
-// Tasks are runs of samples, as many whatever the threads; their floats are added in double.
-class FloatConvWeightGrad final : public Product {
+// At most 64 groups of samples, whatever the threads; their floats are added in double.
+class FloatConvWeightGrad final : public PerGroup {
  public:
   explicit FloatConvWeightGrad(const FloatConvWeightGradArgs& args)
-      : args_(args),
+      : PerGroup(args.geometry.n, ceil_div(args.geometry.n, 64)),
+        args_(args),
         terms_(args.geometry.taps() * args.geometry.c),
         width_(ceil_div(args.geometry.o, kPanel) * kPanel),
-        tasks_(std::min<int64_t>(args.geometry.n, 64)),
-        sums_(tasks_ * terms_ * width_),
-        remaining_(tasks_) {}
+        sums_(tasks() * terms_ * width_) {}
 
-  int64_t tasks() const override { return tasks_; }
+ private:
+  static constexpr int64_t kTerms = 4;
 
-  void run(int64_t task) override {
+  void run_group(int64_t task, int64_t first_sample, int64_t last_sample) override {
     const Geometry& g = args_.geometry;
     const PaddedImage image(g);
     const Buffer<int64_t> offsets(terms_);
@@ -167,7 +167,7 @@ class FloatConvWeightGrad final : public Product {
     float* sums = sums_.data() + task * terms_ * width_;
     std::fill_n(sums, terms_ * width_, 0.0f);
     const Buffer<float> padded(width_ == g.o ? 0 : g.x.out * kPanel);
-    for (int64_t n = task * g.n / tasks_; n < (task + 1) * g.n / tasks_; ++n) {
+    for (int64_t n = first_sample; n < last_sample; ++n) {
       image.read(args_.x, n);
       for (int64_t y = 0; y < g.y.out; ++y) {
         const float* row = args_.g + (n * g.y.out + y) * g.x.out * g.o;
@@ -186,11 +186,7 @@ class FloatConvWeightGrad final : public Product {
         }
       }
     }
-    if (remaining_.fetch_sub(1, std::memory_order_acq_rel) == 1) finish();
   }
-
- private:
-  static constexpr int64_t kTerms = 4;
 
   void add_row(const float* x, int64_t step, const int64_t* offsets, const float* g,
                int64_t g_stride, float* sums) const {
@@ -206,11 +202,11 @@ class FloatConvWeightGrad final : public Product {
     }
   }
 
-  void finish() const {
+  void finish() override {
     for (int64_t i = 0; i < terms_; ++i) {
       for (int64_t k = 0; k < args_.geometry.o; ++k) {
         double sum = 0.0;
-        for (int64_t task = 0; task < tasks_; ++task) {
+        for (int64_t task = 0; task < tasks(); ++task) {
           sum += static_cast<double>(sums_[(task * terms_ + i) * width_ + k]);
         }
         args_.dw[i * args_.geometry.o + k] = static_cast<float>(sum);
@@ -219,9 +215,8 @@ class FloatConvWeightGrad final : public Product {
   }
 
   const FloatConvWeightGradArgs args_;
-  const int64_t terms_, width_, tasks_;
+  const int64_t terms_, width_;
   const Buffer<float> sums_;  // [tasks, terms, width]
-  std::atomic<int64_t> remaining_;
 };
 
 }  // namespace fqt::FQT_ISA

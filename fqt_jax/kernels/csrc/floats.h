@@ -1,7 +1,6 @@
 // Vectors of floats, in the compiler's own terms: they work like floats, entry by entry.
 //
-// Loops over channels that plain loops do not serve are written once for a FloatVec of them, and
-// for a single float where they are no multiple of it.
+// Loops over channels are written once, for a FloatVec of them and for a single float.
 
 namespace fqt::FQT_ISA {
 
@@ -41,6 +40,15 @@ inline V load_floats(const Source* p) {
 template <typename V>
 inline void store_floats(float* p, V v) {
   std::memcpy(p, &v, sizeof v);
+}
+
+// Calls `run(V{}, k)` for the channels from k on: a FloatVec of them at a time, then each of those
+// left.
+template <typename Run>
+inline void for_channels(int64_t c, Run run) {
+  int64_t k = 0;
+  for (; k + kFloats <= c; k += kFloats) run(FloatVec{}, k);
+  for (; k < c; ++k) run(0.0f, k);
 }
 
 }  // namespace fqt::FQT_ISA

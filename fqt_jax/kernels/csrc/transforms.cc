@@ -152,11 +152,9 @@ ffi::Future finish_weight_grad(ffi::ThreadPool pool, Floats dw, Floats w, Floats
   return guarded([&] {
     const auto size = static_cast<int64_t>(w.element_count());
     require(size > 0, "w must not be empty");
-    for (const Floats& other : {dw, *out}) {
-      require(std::equal(w.dimensions().begin(), w.dimensions().end(), other.dimensions().begin(),
-                         other.dimensions().end()),
-              "the gradient has not the shape of w");
-    }
+    require(has_shape(dw.dimensions(), w.dimensions()) &&
+                has_shape(out->dimensions(), w.dimensions()),
+            "the gradient has not the shape of w");
     const int64_t o = w.dimensions().back();
     require(has_shape(d_scale.dimensions(), {o}), "the scale's gradient has the wrong shape");
     return run_tasks(current_kernels().finish_weight_grad({w.typed_data(), d_scale.typed_data(),
