@@ -31,7 +31,6 @@ from experiments.data.augment import normalize
 from experiments.formats import Table
 from experiments.plain_training import plain_epochs
 from experiments.sweep import parse_all
-from fqt_jax.checkpoints import latest_checkpoint
 from fqt_jax.gradients import LossesOf, OneDraw, batch_gradients, drawn_gradients
 from fqt_jax.training import cross_entropy
 from fqt_jax.tree import leaf_name
@@ -269,9 +268,7 @@ def main(config: EstimatorsConfig) -> None:
     sorted_batch = (images[order], labels[order])
     keys = jax.random.split(jax.random.key(config.seed + 1), config.draws)
     found: dict[str, list[Measured]] = {label: [] for label in estimators}
-    start = config.checkpoint and (
-        latest_checkpoint(config.checkpoint / "checkpoints") or config.checkpoint
-    )
+    start = config.checkpoint and folders.checkpoint_at(config.checkpoint)
     model = tasks.build_task(config, dataset, start).model
     for epoch, _, state in plain_epochs(config, dataset, model):
         g = exact.gradient(state.params, *batch, keys[0])

@@ -80,7 +80,7 @@ def starting_point(config: FinetuneConfig, dataset: Dataset) -> pathlib.Path | N
     if config.from_scratch:
         return None
     if config.checkpoint is not None:
-        return latest_checkpoint(config.checkpoint / "checkpoints") or config.checkpoint
+        return folders.checkpoint_at(config.checkpoint)
     if dataset.channels != 1:
         raise cli.UserError(
             f"{config.dataset} has colour images and the embedded mnist5k has none: give a "

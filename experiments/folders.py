@@ -9,6 +9,7 @@ from typing import Any
 
 from experiments.cli import UserError
 from experiments.config import RunConfig
+from fqt_jax.checkpoints import latest_checkpoint
 
 
 def output_folder(out: pathlib.Path | None, kind: str) -> pathlib.Path:
@@ -42,6 +43,11 @@ def _create(out: pathlib.Path | None, name: str, hint: str) -> pathlib.Path:
     except FileExistsError:
         raise UserError(f"the folder {out} exists already: {hint}") from None
     return out
+
+
+def checkpoint_at(path: pathlib.Path) -> pathlib.Path:
+    """The latest checkpoint of the run in a folder, or else the path itself."""
+    return latest_checkpoint(path / "checkpoints") or path
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

@@ -254,18 +254,24 @@ def best_rate(group: Group, rates: Sequence[float], store: Store) -> float | Non
     """
     found = []
     for rate in rates:
-        accuracy = _validation(group, rate, store, "accuracy")
-        loss = _validation(group, rate, store, "loss")
-        if accuracy is not None and loss is not None:
+        validation = _validation(group, rate, store)
+        if validation is not None:
+            accuracy, loss = validation
             found.append((accuracy, -loss, rate))
     return max(found)[2] if found else None
 
 
-def _validation(group: Group, rate: float, store: Store, name: str) -> float | None:
-    """Mean over the seeds that tune; None where one of them failed."""
-    summaries = [store.summary(cell) for cell in _tuning_cells(group, rate)]
-    values = [summary[f"validation_{name}"] for summary in summaries if summary is not None]
-    return fmean(values) if len(values) == group.tuning else None
+def _validation(group: Group, rate: float, store: Store) -> tuple[float, float] | None:
+    """Accuracy and loss, means over the seeds that tune; None where one of them failed."""
+    found = [store.summary(cell) for cell in _tuning_cells(group, rate)]
+    summaries = [summary for summary in found if summary is not None]
+    if len(summaries) < group.tuning:
+        return None
+    accuracy, loss = (
+        fmean(summary[f"validation_{name}"] for summary in summaries)
+        for name in ("accuracy", "loss")
+    )
+    return accuracy, loss
 
 
 def _beyond(rates: Sequence[float], best: float | None) -> float | None:
@@ -319,7 +325,8 @@ def collect(group: Group, store: Store) -> Result:
         for cell in cells.values():
             rate = cell.config.learning_rate
             if cell.config.seed == group.seeds[0] and rate is not None:
-                tried[rate] = _validation(group, rate, store, "accuracy")
+                validation = _validation(group, rate, store)
+                tried[rate] = None if validation is None else validation[0]
     chosen = best_rate(group, sorted(tried), store)
     none_left = bool(group.rates) and chosen is None
     final = {} if none_left else {seed: group.cell(seed, chosen) for seed in group.seeds}

@@ -227,8 +227,8 @@ def _run_fused(
     static = _Static(shapes, tuple(links), residual is not None)
     params = [_params_of(between) for between in betweens]
     running = [_running_of(between) for between in betweens]
-    operands = (x, weights, params, running, seeds, residual)
-    out, statistics = _fused(static, *varying_together(operands))
+    operands = _Operands(x, weights, params, running, seeds, residual)
+    out, statistics = _fused(static, varying_together(operands))
     for between, shape, of_batch in zip(betweens, static.shapes, statistics, strict=True):
         if shape.has_norm and not shape.uses_running:
             norm: Any = between.norm
@@ -321,43 +321,35 @@ def _line(
     return Line(above, offset, above, offset, slope * above, slope * offset), statistics
 
 
-class _Residuals(NamedTuple):
+class _Operands(NamedTuple):
     x: jax.Array
+    weights: Any
+    params: Any
+    running: Any
+    seeds: Any
+    residual: jax.Array | None
+
+
+class _Residuals(NamedTuple):
+    operands: _Operands  # without the residual: its gradient does not need it
     sums: list[jax.Array]  # of each convolution
     signs: list[PackedBits]  # of its input
     clips: list[PackedBits]
     w_signs: list[PackedBits]
     moments: list[jax.Array | None]  # of each source that a norm's batch statistics are of
     scales: list[jax.Array]  # of each source
-    weights: Any
-    params: Any
-    running: Any
-    seeds: Any
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(
-    static: _Static,
-    x: jax.Array,
-    weights: Any,
-    params: Any,
-    running: Any,
-    seeds: Any,
-    residual: jax.Array | None,
-) -> tuple[jax.Array, list[Any]]:
-    return _fused_fwd(static, x, weights, params, running, seeds, residual)[0]
+def _fused(static: _Static, operands: _Operands) -> tuple[jax.Array, list[Any]]:
+    return _fused_fwd(static, operands)[0]
 
 
 def _fused_fwd(
-    static: _Static,
-    x: jax.Array,
-    weights: Any,
-    params: Any,
-    running: Any,
-    seeds: Any,
-    residual: jax.Array | None,
+    static: _Static, operands: _Operands
 ) -> tuple[tuple[jax.Array, list[Any]], _Residuals]:
-    kept = _Residuals(x, [], [], [], [], [], [], weights, params, running, seeds)
+    x, weights, params, running, _, residual = operands
+    kept = _Residuals(operands._replace(residual=None), [], [], [], [], [], [])
     statistics = []
     source, scale = x, vary(jnp.ones(x.shape[3], jnp.float32), varying_axes(x))
     nan_samples = None
@@ -405,21 +397,19 @@ def _weights(recipe: Recipe, weight: Any) -> tuple[PackedBits, jax.Array]:
     return signs, scale + jnp.where(jnp.isnan(mean_abs), jnp.float32(jnp.nan), jnp.float32(0))
 
 
-def _fused_bwd(
-    static: _Static, kept: _Residuals, cotangents: Any
-) -> tuple[jax.Array, Any, Any, None, None, jax.Array | None]:
+def _fused_bwd(static: _Static, kept: _Residuals, cotangents: Any) -> tuple[_Operands]:
     d, samples = cotangents[0], None
     d_params: list[Any] = [None] * len(static.shapes)
     d_weights: list[Any] = [None] * len(static.links)
     for i in reversed(range(len(static.shapes))):
         shape = static.shapes[i]
-        source = kept.sums[i - 1] if i else kept.x
+        source = kept.sums[i - 1] if i else kept.operands.x
         moments = kept.moments[i]
 
         def line_of(params: Any, scale: Any, moments: Any, i: int = i) -> Line:
-            return _line(static.shapes[i], params, scale, moments, kept.running[i])[0]
+            return _line(static.shapes[i], params, scale, moments, kept.operands.running[i])[0]
 
-        line, line_vjp = jax.vjp(line_of, kept.params[i], kept.scales[i], moments)
+        line, line_vjp = jax.vjp(line_of, kept.operands.params[i], kept.scales[i], moments)
         sums = transforms.gradient_sums(source, line, shape.pool, d, samples)
         no = jnp.zeros_like(sums[0])
         d_params[i], d_scale, d_moments = line_vjp(
@@ -432,16 +422,16 @@ def _fused_bwd(
             flow = Flow(
                 2 * d_moments[1] / n, d_moments[0] / n, 2 * d_moments[3] / n, d_moments[2] / n
             )
-        rows = _weights_of_rows(kept.running[i])
+        rows = _weights_of_rows(kept.operands.running[i])
         g, lo, hi = transforms.gradient(source, line, flow, shape.pool, d, samples, rows)
         if i == 0:
             d_weights = [tuple(pair) for pair in d_weights]
-            no_running = jax.tree.map(jnp.zeros_like, kept.running)
+            no_running = jax.tree.map(jnp.zeros_like, kept.operands.running)
             d_residual = cotangents[0] if static.has_residual else None
-            return g, d_weights, d_params, no_running, None, d_residual
+            return (_Operands(g, d_weights, d_params, no_running, None, d_residual),)
         d, samples, d_weights[i - 1] = _conv_bwd(static.links[i - 1], kept, i - 1, g, lo, hi)
         d_weights[i - 1] = _add_scale_gradient(
-            static.links[i - 1].recipe, kept.weights[i - 1], d_weights[i - 1], d_scale
+            static.links[i - 1].recipe, kept.operands.weights[i - 1], d_weights[i - 1], d_scale
         )
     raise AssertionError("a chain starts with what precedes its first convolution")
 
@@ -454,7 +444,9 @@ def _conv_bwd(
     for_input, for_weight = None, None
     if recipe.gradient is not None:
         shared = recipe.prune == "shared"
-        for_input, for_weight = roundings(g, recipe.gradient, shared, kept.seeds[i], (lo, hi))
+        for_input, for_weight = roundings(
+            g, recipe.gradient, shared, kept.operands.seeds[i], (lo, hi)
+        )
     signs = kept.signs[i]
     d = kernels.input_grad(
         g,

@@ -9,8 +9,8 @@ left operand meets a row of bytes of the right one::
 On the CPU counts of :data:`_CHUNK` bytes are added as bytes, which keeps 32 lanes in an AVX2
 register, and only then widened: a word of 32 bits would leave it 8 lanes and no instruction that
 counts them. Accelerators count the bits of ``uint32`` words, so there four bytes are joined to one.
-Against XLA's float convolution on two AVX2 cores it was faster forward on each
-3x3 layer of VGG-16 that was tried, and no faster for the gradients.
+Against XLA's float convolution on two AVX2 cores it was faster forward on each 3x3 layer of VGG-16
+that was tried, and no faster for the gradients.
 
 Work goes by blocks of samples (forward, input gradient) or rows of the window (weight gradient), so
 that no operand of the contraction is ever unpacked to floats as a whole.
