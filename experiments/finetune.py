@@ -93,6 +93,8 @@ def pretraining(config: FinetuneConfig, image_size: int) -> PretrainConfig:
     """The pretraining on mnist5k that a fine-tuning starts from.
 
     Its forward pass is that of the fine-tuning; how gradients are quantized makes no difference.
+    Nor does the implementation of the kernels, which is the default one here: the others need not
+    serve float gradients, and all of them start from one model.
     """
     recipe = config.build_recipe()
     return PretrainConfig(
@@ -104,7 +106,6 @@ def pretraining(config: FinetuneConfig, image_size: int) -> PretrainConfig:
         epochs=config.pretrain_epochs,
         image_size=image_size,
         seed=config.seed if config.pretrain_seed is None else config.pretrain_seed,
-        implementation=config.implementation,
     )
 
 

@@ -7,6 +7,7 @@ import html
 import statistics
 import sys
 from collections.abc import Sequence
+from typing import Literal
 
 import rich.console
 import rich.markup
@@ -104,7 +105,7 @@ class Table:
                 r"\centering",
                 r"\begin{threeparttable}",
                 rf"\caption{{{_latex(self.title)}}}",
-                rf"\begin{{tabular}}{{l{'r' * (len(self.columns) - 1)}}}",
+                rf"\begin{{tabular}}{{{''.join(side[0] for side in self._sides())}}}",
                 r"\toprule",
                 line(self.columns),
                 r"\midrule",
@@ -117,6 +118,12 @@ class Table:
                 "",
             ]
         )
+
+    def _sides(self) -> list[Literal["left", "right"]]:
+        """Where each column's cells stand: names on the left, numbers on the right."""
+        columns = zip(*self.rows, strict=True) if self.rows else [()] * len(self.columns)
+        named = [bool(column) and all(cell[:1].isalpha() for cell in column) for column in columns]
+        return ["left" if i == 0 or name else "right" for i, name in enumerate(named)]
 
     def to_html(self) -> str:
         """As HTML, without style.
@@ -143,8 +150,8 @@ class Table:
         # Off a terminal nothing says how wide it may be; a table that wraps is hard to read.
         console = rich.console.Console(width=None if sys.stdout.isatty() else 160)
         table = rich.table.Table()
-        for i, column in enumerate(self.columns):
-            table.add_column(rich.markup.escape(column), justify="left" if i == 0 else "right")
+        for column, side in zip(self.columns, self._sides(), strict=True):
+            table.add_column(rich.markup.escape(column), justify=side)
         for row in self.rows:
             table.add_row(*(rich.markup.escape(cell) for cell in row))
         console.print(f"\n{rich.markup.escape(self.title)}")

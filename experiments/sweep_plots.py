@@ -68,10 +68,11 @@ def _bands(
 
 
 def plot_pareto(points: Sequence[tuple[str, Result]], title: str, path: pathlib.Path) -> None:
-    """Draws test accuracy against bits an entry of the gradient and against the time of a step.
+    """Draws test error against bits an entry of the gradient and against the time of a step.
 
-    The line joins what nothing else beats in both; whiskers are standard deviations over seeds.
-    Points of the same number of bits stand side by side.
+    The error is on a logarithmic axis, the least at the top. Every point has a place of its own
+    among those of equal bits. A line joins what nothing else beats in both; whiskers are standard
+    deviations over seeds.
 
     Args:
       points: labelled results.
@@ -79,56 +80,83 @@ def plot_pareto(points: Sequence[tuple[str, Result]], title: str, path: pathlib.
       path: of the PNG file.
     """
     import matplotlib.figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
     found = [(label, result) for label, result in points if result.summaries]
-    figure = matplotlib.figure.Figure(figsize=(11, 4.6), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    colors = _cycle(len(found))
-    for axes, name in zip(panels, ("gradient_bits", "step_ms"), strict=True):
-        placed = []
-        costs = [cost(result, name) for _, result in found]
-        log = name == "gradient_bits"
-        for number, ((label, result), color) in enumerate(zip(found, colors, strict=True), 1):
-            x, own = costs[number - 1], accuracy(result)
-            if x is None:
+    bits, times = ([cost(r, name) for _, r in found] for name in ("gradient_bits", "step_ms"))
+    places, centers, gaps = _side_by_side(bits)
+    figure = matplotlib.figure.Figure(figsize=(13, 5.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True, width_ratios=(1.6, 1))
+    for axes, costs, shown in zip(panels, (bits, times), (places, times), strict=True):
+        placed = {}
+        for number, ((label, result), x) in enumerate(zip(found, shown, strict=True), 1):
+            worth = costs[number - 1]
+            if x is None or worth is None:
                 continue
-            before, alike = costs[: number - 1].count(x), costs.count(x)
-            step = min(0.08, 0.6 / alike)  # in octaves: the next number of bits is one away
-            shown = x * 2 ** (step * (before - (alike - 1) / 2)) if log else x
+            error, up = _error(result)
             axes.errorbar(
-                shown,
-                own.mean,
-                yerr=own.deviation if own.n > 1 else None,
+                x,
+                error,
+                yerr=[[min(up, 0.9 * error)], [up]],  # a logarithm ends above zero
                 fmt="o",
-                color=color,
+                color=COLORS[(number - 1) % len(COLORS)],
                 markersize=4,
                 capsize=2,
-                label=f"{number} {label} (n = {own.n})",
+                label=f"{number} {label} (n = {len(result.summaries)})",
             )
             axes.annotate(
-                f"{number}",
-                (shown, own.mean),
-                xytext=(4, 3),
-                textcoords="offset points",
-                fontsize=7,
+                f"{number}", (x, error), xytext=(3, 2), textcoords="offset points", fontsize=7
             )
-            placed.append((x, own.mean))
-        front = pareto_front(placed)
-        axes.plot(
-            [x for x, _ in front], [y for _, y in front], color="black", linewidth=0.8, zorder=0
-        )
-        axes.grid(alpha=0.3)
-    panels[0].set_xscale("log", base=2)
-    panels[0].xaxis.set_major_formatter("{x:g}")
-    panels[0].set(
-        xlabel="cost of a gradient entry (bits; equal ones side by side)",
-        ylabel="test accuracy (%)",
+            placed[worth, -error] = (x, error)
+        front = [placed[point] for point in pareto_front(list(placed))]
+        axes.scatter(*zip(*front, strict=True), s=70, facecolors="none", edgecolors="black")
+        axes.grid(alpha=0.3, axis="y", which="both")
+    errors, step = panels[0], panels[1]
+    errors.set_yscale("log")
+    errors.invert_yaxis()
+    errors.yaxis.set_major_formatter("{x:g}")
+    errors.yaxis.set_minor_formatter("{x:g}")
+    errors.set_xticks(list(centers.values()), [f"{x:g}" for x in centers])
+    for place in gaps:
+        errors.axvline(place, color="#dddddd", lw=0.8, zorder=0)
+    errors.set(xlabel="cost of a gradient entry (bits)", ylabel="test error (%)")
+    step.set_xscale("log")
+    step.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    step.xaxis.set_major_formatter("{x:g}")
+    step.xaxis.set_minor_locator(NullLocator())
+    step.set_xlabel("training step, median (ms)")
+    handles, labels = errors.get_legend_handles_labels()
+    legend = "ringed: beaten in both by none"
+    figure.legend(
+        handles, labels, loc="outside right upper", fontsize=7, title=legend, title_fontsize=7
     )
-    panels[1].set_xlabel("training step, median (ms)")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=6.5)
     figure.suptitle(_wrapped(f"{title}: mean ± standard deviation over seeds", figure), fontsize=10)
     figure.savefig(path, dpi=130)
+
+
+def _side_by_side(
+    costs: Sequence[float | None],
+) -> tuple[list[float | None], dict[float, float], list[float]]:
+    """A place of its own on an axis for each cost, equal ones together; where the middle of equal
+    ones is, and the gaps between those.
+    """
+    places: list[float | None] = [None] * len(costs)
+    centers, gaps = {}, []
+    at = 0.0
+    for value in sorted({value for value in costs if value is not None}):
+        alike = [i for i, other in enumerate(costs) if other == value]
+        for shift, i in enumerate(alike):
+            places[i] = at + shift
+        centers[value] = at + (len(alike) - 1) / 2
+        gaps.append(at + len(alike))
+        at += len(alike) + 1
+    return places, centers, gaps[:-1]
+
+
+def _error(result: Result) -> tuple[float, float]:
+    """Test error in %, never zero, and its deviation over seeds."""
+    own = accuracy(result)
+    return max(100 - own.mean, 0.05), own.deviation if own.n > 1 else 0.0
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
