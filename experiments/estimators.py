@@ -10,6 +10,11 @@ squares over the kernels; g is the float gradient. Each kernel counts alike, as 
     python -m experiments.estimators --checkpoint runs/NAME --layers
 
 starts from a trained model, and tells the noise of each layer as well.
+
+    python -m experiments.estimators --statistics constant
+
+holds batch norm's statistics constant, so that samples meet in no layer: what is different then is
+what batch norm does to an estimator.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ import dataclasses
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +81,9 @@ class EstimatorsConfig(RunConfig):
     """Images of the batch whose gradient is estimated."""
     draws: int = 256
     """Estimates of each gradient."""
+    statistics: Literal["batch", "constant"] = "batch"
+    """Batch norm's statistics: those of the batch, with the gradient that flows through them, or
+    the same values as constants. Training always goes by the batch's."""
     layers: bool = False
     """Show the noise of each layer, the float ones included."""
 
@@ -165,17 +173,41 @@ def relative_error(blocks: np.ndarray, mean_square: float, draws: int, norm: flo
     return Error(*(float(value) / norm for value in (noise, bias, np.sqrt(3 * sigma))))
 
 
+class ConstantNorm(nnx.BatchNorm):
+    """Batch norm whose statistics are constants, in training as well."""
+
+    @classmethod
+    def take_over_all(cls, model: Any, x: jax.Array) -> None:
+        """Makes all of a model's batch norms such, in place, with their statistics on ``x``."""
+        norms = [norm for _, norm in nnx.iter_modules(model) if type(norm) is nnx.BatchNorm]
+        model.train()
+        for norm in norms:
+            norm.momentum = 0.0
+        model(x)
+        for norm in norms:
+            norm.__class__ = cls
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> jax.Array:
+        """Normalizes ``x[N, ..., C]``."""
+        return super().__call__(x, use_running_average=True)
+
+
 class _Estimator:
     """A recipe's gradient on a batch, that of all kernels in one vector."""
 
-    def __init__(self, model: nnx.Module, one_draw: OneDraw | None, losses_of: LossesOf):
+    def __init__(
+        self, model: nnx.Module, one_draw: OneDraw | None, losses_of: LossesOf, *, constant: bool
+    ):
         graphdef, _, others = nnx.split(model, nnx.Param, ...)
 
         def gradient(params: Any, x: jax.Array, y: jax.Array, key: jax.Array) -> jax.Array:
             draw_key, rounding_key = jax.random.split(key)
             fresh = nnx.merge(graphdef, params, others, copy=True)
+            if constant:
+                ConstantNorm.take_over_all(fresh, x)
             nnx.reseed(fresh, rounding=rounding_key)
-            operands = (graphdef, params, nnx.split(fresh, nnx.Param, ...)[2], x, y, losses_of)
+            graph, values, rest = nnx.split(fresh, nnx.Param, ...)
+            operands = (graph, values, rest, x, y, losses_of)
             if one_draw is None:
                 result = batch_gradients(*operands)
             else:
@@ -255,7 +287,8 @@ def main(config: EstimatorsConfig) -> None:
 
     def estimator(run: RunConfig) -> _Estimator:
         model = tasks.build_task(run, dataset, None).model
-        return _Estimator(model, run.build_one_draw(), cross_entropy)
+        constant = config.statistics == "constant"
+        return _Estimator(model, run.build_one_draw(), cross_entropy, constant=constant)
 
     runs = config.runs()
     estimators = {label: estimator(run) for label, run in runs.items()}
@@ -292,6 +325,8 @@ def write(config: EstimatorsConfig, found: dict[str, list[Measured]], folder: pa
     """Shows the tables and writes them, as Markdown and JSON."""
     bits = {label: run.build_recipe().gradient for label, run in config.runs().items()}
     title = f"{config.dataset}, {config.model} x{config.width:g}, n = {config.images} images"
+    if config.statistics == "constant":
+        title += ", batch norm's statistics constant"
     columns = ["estimator", "bits an entry", *(f"epoch {e}" for e in range(config.epochs + 1))]
 
     def rows(text: Callable[[Error], str]) -> list[list[str]]:

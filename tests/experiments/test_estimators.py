@@ -1,12 +1,16 @@
 import json
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from experiments import pretrain
 from experiments.cli import UserError
-from experiments.estimators import Error, EstimatorsConfig, main, relative_error
+from experiments.estimators import ConstantNorm, Error, EstimatorsConfig, main, relative_error
+from fqt_jax.models import VGG
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion", "own_folder", "tiny_vgg")
 
@@ -67,6 +71,40 @@ def test_each_layer_is_told_from_a_checkpoint():
     assert "noise-to-signal by layer, epoch 0" in text
     assert "noise-to-signal by layer, epoch 1" in text
     assert json.loads(pathlib.Path("run/config.json").read_text())["checkpoint"] == "start"
+
+
+def test_constant_norms_have_the_values_of_the_batch_and_part_its_samples(rng):
+    model = VGG(((8,), (8,)), num_classes=3, in_features=1, rngs=nnx.Rngs(0))
+    x = jnp.asarray(rng.standard_normal((6, 8, 8, 1)), jnp.float32)
+    model.train()
+    expected = nnx.clone(model)(x)
+
+    def influence() -> np.ndarray:
+        return np.asarray(jax.grad(lambda x: nnx.clone(model)(x)[0].sum())(x))
+
+    assert np.abs(influence()[1:]).max() > 1e-4
+    ConstantNorm.take_over_all(model, x)
+    model.train()
+    np.testing.assert_allclose(model(x), expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(influence()[0]).max() > 0.01
+    np.testing.assert_array_equal(influence()[1:], 0)
+
+
+def test_one_draw_has_no_bias_where_samples_do_not_meet():
+    options = {"limit": 64, "width": 0.25, "batch_size": 16, "images": 16, "epochs": 1}
+    main(
+        EstimatorsConfig(
+            **options,
+            estimators=("qat", "fqt1:one_draw"),
+            statistics="constant",
+            draws=64,
+            out=pathlib.Path("run"),
+        )
+    )
+    found = json.loads(pathlib.Path("run/errors.json").read_text())
+    assert all(error["noise"] == 0 for error in found["qat"])
+    assert all(error["noise"] > 0.5 and error["bias"] == 0 for error in found["fqt1:one_draw"])
+    assert "batch norm's statistics constant" in pathlib.Path("run/tables.md").read_text()
 
 
 @pytest.mark.parametrize(
