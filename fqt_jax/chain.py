@@ -5,7 +5,7 @@ quantized and the native kernels serve them, no float activation is ever made in
 stands between two integer products is a function of each integer sum ``z``, linear on either side
 of a kink (:mod:`fqt_jax.kernels.transforms`). Its signs go into the next product, and backward
 evaluates it again. What a chain keeps for the backward pass is, for each entry, two bits and the
-integer sum.
+integer sum. The output of a float convolution of images is not kept either, but computed again.
 
 The gradients of all parameters, of the weight scales and of the batch statistics follow from four
 sums for each channel, through ordinary differentiation of the function's coefficients.
@@ -24,9 +24,9 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from fqt_jax import kernels
+from fqt_jax import functional, kernels
 from fqt_jax.binarize import PackedBits
-from fqt_jax.functional import resolve_window
+from fqt_jax.functional import resolve_window, serves_images
 from fqt_jax.grouping import roundings
 from fqt_jax.kernels import native, transforms
 from fqt_jax.kernels.contract import Window
@@ -117,13 +117,29 @@ def run_chain(
     layers: Sequence[Any] = convs
     cuts = [-1, *(i for i, conv in enumerate(layers) if not conv.recipe.binary), len(layers)]
     for cut, end in itertools.pairwise(cuts):
-        if cut >= 0:
+        first = None
+        if cut >= 0 and _is_cheap(layers[cut], x):
+            first = layers[cut]
+        elif cut >= 0:
             x = convs[cut](x)
         is_last = end == len(layers)
         x = _run_fused(
-            x, betweens[cut + 1 : end + 1], convs[cut + 1 : end], residual if is_last else None
+            x,
+            first,
+            betweens[cut + 1 : end + 1],
+            convs[cut + 1 : end],
+            residual if is_last else None,
         )
     return x
+
+
+def _is_cheap(conv: Any, x: jax.Array) -> bool:
+    """Whether the backward pass computes a float convolution again, rather than keep its output.
+
+    That of images is: its output has many times their channels, in float, and is the largest array
+    by far that a binary network would keep.
+    """
+    return conv.bias is None and serves_images(x, conv.kernel[...], conv.implementation)
 
 
 def _check_residual(shape: tuple[int, ...], residual: jax.Array) -> None:
@@ -200,6 +216,7 @@ class _Link(NamedTuple):
 
 
 class _Static(NamedTuple):
+    first: _Link | None  # a float convolution before all else
     shapes: tuple[_Shape, ...]
     links: tuple[_Link, ...]
     has_residual: bool
@@ -207,27 +224,32 @@ class _Static(NamedTuple):
 
 def _run_fused(
     x: jax.Array,
+    first: Any,
     betweens: Sequence[Between],
     convs: Sequence[Any],
     residual: jax.Array | None,
 ) -> jax.Array:
-    if not convs and betweens[0] == Between():
+    if first is None and not convs and betweens[0] == Between():
         return x if residual is None else _add(x, residual)
     links, weights, seeds = [], [], []
-    size = x.shape[1:3]
+    size = (x.shape[1], x.shape[2])
+    first_link = None
+    if first is not None:
+        first_link = _link_of(first, size)
+        size = first_link.window.output_size(size)
     for between, conv in zip(betweens, convs, strict=False):
         size = (size[0] // between.pool, size[1] // between.pool)
-        window = resolve_window(conv.kernel.shape[:2], size, conv.strides, conv.padding)
-        size = window.output_size(size)
-        links.append(_Link(conv.recipe, window, conv.implementation))
+        links.append(_link_of(conv, size))
+        size = links[-1].window.output_size(size)
         scale = None if conv.scale is None else conv.scale[...]
         weights.append((conv.kernel[...], scale))
         seeds.append(None if conv.rounding is None else seeds_from_key(conv.rounding(), 4))
     shapes = tuple(_shape_of(between) for between in betweens)
-    static = _Static(shapes, tuple(links), residual is not None)
+    static = _Static(first_link, shapes, tuple(links), residual is not None)
     params = [_params_of(between) for between in betweens]
     running = [_running_of(between) for between in betweens]
-    operands = _Operands(x, weights, params, running, seeds, residual)
+    first_kernel = None if first is None else first.kernel[...]
+    operands = _Operands(x, first_kernel, weights, params, running, seeds, residual)
     out, statistics = _fused(static, varying_together(operands))
     for between, shape, of_batch in zip(betweens, static.shapes, statistics, strict=True):
         if shape.has_norm and not shape.uses_running:
@@ -236,6 +258,11 @@ def _run_fused(
                 new = lax.stop_gradient(new)
                 old[...] = norm.momentum * old[...] + (1 - norm.momentum) * new
     return out
+
+
+def _link_of(layer: Any, size: tuple[int, int]) -> _Link:
+    window = resolve_window(layer.kernel.shape[:2], size, layer.strides, layer.padding)
+    return _Link(layer.recipe, window, layer.implementation)
 
 
 def _shape_of(between: Between) -> _Shape:
@@ -323,6 +350,7 @@ def _line(
 
 class _Operands(NamedTuple):
     x: jax.Array
+    first: jax.Array | None  # kernel of the float convolution before all else
     weights: Any
     params: Any
     running: Any
@@ -348,10 +376,11 @@ def _fused(static: _Static, operands: _Operands) -> tuple[jax.Array, list[Any]]:
 def _fused_fwd(
     static: _Static, operands: _Operands
 ) -> tuple[tuple[jax.Array, list[Any]], _Residuals]:
-    x, weights, params, running, _, residual = operands
+    x, first, weights, params, running, _, residual = operands
     kept = _Residuals(operands._replace(residual=None), [], [], [], [], [], [])
     statistics = []
-    source, scale = x, vary(jnp.ones(x.shape[3], jnp.float32), varying_axes(x))
+    source = _first_source(static, x, first)
+    scale = vary(jnp.ones(source.shape[3], jnp.float32), varying_axes(source))
     nan_samples = None
     for i, shape in enumerate(static.shapes):
         weights_of_rows = _weights_of_rows(running[i])
@@ -383,6 +412,20 @@ def _fused_fwd(
     raise AssertionError("a chain ends with what follows its last convolution")
 
 
+def _first_source(static: _Static, x: jax.Array, first: jax.Array | None) -> jax.Array:
+    if static.first is None or first is None:
+        return x
+    recipe, window, implementation = static.first
+    return functional.conv(
+        x,
+        first,
+        recipe=recipe,
+        strides=window.strides,
+        padding=window.padding,
+        implementation=implementation,
+    )
+
+
 def _weights_of_rows(running: _Running | None) -> jax.Array | None:
     return None if running is None else running.weights
 
@@ -403,7 +446,15 @@ def _fused_bwd(static: _Static, kept: _Residuals, cotangents: Any) -> tuple[_Ope
     d_weights: list[Any] = [None] * len(static.links)
     for i in reversed(range(len(static.shapes))):
         shape = static.shapes[i]
-        source = kept.sums[i - 1] if i else kept.operands.x
+        if i:
+            source = kept.sums[i - 1]
+        else:
+            x, first = kept.operands.x, kept.operands.first
+            if first is not None:
+                # Of two equal computations XLA makes one, whose result it keeps from the forward
+                # pass, a barrier between them or not. This one needs the gradient.
+                first = jnp.where(jnp.isnan(d[0, 0, 0, 0]), jnp.float32(jnp.nan), first)
+            source, source_vjp = jax.vjp(functools.partial(_first_source, static), x, first)
         moments = kept.moments[i]
 
         def line_of(params: Any, scale: Any, moments: Any, i: int = i) -> Line:
@@ -428,7 +479,8 @@ def _fused_bwd(static: _Static, kept: _Residuals, cotangents: Any) -> tuple[_Ope
             d_weights = [tuple(pair) for pair in d_weights]
             no_running = jax.tree.map(jnp.zeros_like, kept.operands.running)
             d_residual = cotangents[0] if static.has_residual else None
-            return (_Operands(g, d_weights, d_params, no_running, None, d_residual),)
+            d_x, d_first = source_vjp(g)
+            return (_Operands(d_x, d_first, d_weights, d_params, no_running, None, d_residual),)
         d, samples, d_weights[i - 1] = _conv_bwd(static.links[i - 1], kept, i - 1, g, lo, hi)
         d_weights[i - 1] = _add_scale_gradient(
             static.links[i - 1].recipe, kept.operands.weights[i - 1], d_weights[i - 1], d_scale

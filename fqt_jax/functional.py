@@ -258,12 +258,12 @@ _FEW_CHANNELS = 16
 _FEW_WEIGHTS = 2**16
 
 
-def _is_for_images(static: _Static, x: jax.Array, w: jax.Array) -> bool:
-    """Whether the native convolution of images with few channels serves."""
+def serves_images(x: jax.Array, w: jax.Array, implementation: str | None) -> bool:
+    """Whether the native float convolution of images, of few channels, serves."""
     return (
-        static.implementation in (None, "native")
+        implementation in (None, "native")
         and native.unavailable() is None
-        and not static.window.is_dense
+        and w.shape[:2] != (1, 1)
         and x.dtype == w.dtype == jnp.float32
         and x.shape[3] < _FEW_CHANNELS
         and x.size > 0
@@ -273,7 +273,7 @@ def _is_for_images(static: _Static, x: jax.Array, w: jax.Array) -> bool:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _float_conv(static: _Static, x: jax.Array, w: jax.Array) -> jax.Array:
-    if _is_for_images(static, x, w):
+    if serves_images(x, w, static.implementation):
         return native.float_conv(x, w, static.window)
     return float_conv(x, w.astype(x.dtype), static.window).astype(x.dtype)
 
@@ -285,7 +285,7 @@ def _float_conv_fwd(static: _Static, x: jax.Array, w: jax.Array) -> tuple[jax.Ar
 def _float_conv_bwd(static: _Static, residuals: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, w = residuals
     dx = conv_input_grad(dy, w.astype(x.dtype), static.window, x.shape[1:3]).astype(x.dtype)
-    if _is_for_images(static, x, w):
+    if serves_images(x, w, static.implementation):
         return dx, native.float_conv_weight_grad(x, dy, static.window)
     return dx, conv_weight_grad(x, dy, static.window).astype(w.dtype)
 

@@ -138,12 +138,34 @@ def test_the_fused_form_keeps_bits_and_sums_only(monkeypatch):
         assert kept(params).count("float32") > 6
 
 
-def test_float_layers_part_the_chain(monkeypatch):
-    net = Net([fqt.QAT, fqt.FULL_PRECISION, fqt.QAT])
+def test_the_output_of_a_float_convolution_of_images_is_computed_again():
+    x = images(16, 16)
+    graphdef, params, others = nnx.split(
+        Net([fqt.FULL_PRECISION, fqt.FQT1, fqt.QAT]), nnx.Param, ...
+    )
+
+    def run(params):
+        return nnx.merge(graphdef, params, others, copy=True)(x)
+
+    # The input of 8 channels is kept, and not the output of 12.
+    leaves = jax.tree.leaves(jax.vjp(run, params)[1])
+    floats = [a for a in leaves if a.shape[:3] == (16, 16, 16) and a.dtype == jnp.float32]
+    assert all(a.shape[3] == 8 for a in floats)
+    # XLA must not make the two computations one again.
+    gradient = jax.jit(jax.grad(lambda params: jnp.sum(run(params))))
+    program = gradient.lower(params).compile().as_text()
+    assert program.count('custom_call_target="fqt_jax_float_conv"') == 2
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_float_layers_part_the_chain(monkeypatch, place):
+    recipes = [fqt.QAT] * 3
+    recipes[place] = fqt.FULL_PRECISION
+    net = Net(recipes)
     fused = value_and_grads(net, images())
     with in_turn(monkeypatch):
         expected = value_and_grads(net, images())
-    assert_trees_close(fused, expected, 1e-4)
+    assert_trees_close(fused, expected, 3e-4)
 
 
 def test_plain_convolutions_are_called_in_turn(monkeypatch):
