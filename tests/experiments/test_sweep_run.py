@@ -1,6 +1,7 @@
 """Sweeps as they run: a worker in this process, and processes that stand in for workers."""
 
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -192,3 +193,35 @@ def test_the_main_table_has_its_closing_rows_and_reports_what_failed(act, capsys
     report = json.loads(pathlib.Path("out/results.json").read_text())
     assert len(report["groups"]) == 6
     assert "failed: digits-vgg_small-qat" in capsys.readouterr().err
+
+
+def test_the_main_table_at_tuned_rates(capsys):
+    config = TablesConfig(
+        datasets=("a=digits:learning_rate=2e-3",),
+        models=("vgg_small",),
+        recipes=("fqt1", "qat"),
+        seeds=(0, 1),
+        tune=(0.5, 1),
+        tuning_seeds=2,
+        out=pathlib.Path("out"),
+    )
+    # What each recipe's rates come to: the best lies on the edge first, then between others.
+    validation = {
+        "fqt1": {1e-3: 0.7, 2e-3: 0.8, 4e-3: 0.75},
+        "qat": {5e-4: 0.8, 1e-3: 0.9, 2e-3: 0.8},
+    }
+    for recipe, rates in validation.items():
+        base = FinetuneConfig(model="vgg_small", recipe=recipe, pretrain_seed=0)
+        for (rate, value), seed in itertools.product(rates.items(), config.seeds):
+            folder = pathlib.Path("out/cells", Group({}, base, (0, 1)).cell(seed, rate).name)
+            folder.mkdir(parents=True)
+            summary = {"validation_accuracy": value, "validation_loss": 1.0, "seed": seed}
+            summary |= {"test_accuracy": value + seed / 100, "gradient_bits": 1, "step_ms": 2}
+            (folder / "summary.json").write_text(json.dumps(summary))
+            (folder / "metrics.jsonl").write_text("")
+    tables(config)
+    text = pathlib.Path("out/tables.md").read_text()
+    assert "| a | vgg_small | 80.5 ± 0.7 at 0.002 | 90.5 ± 0.7 at 0.001 |" in text
+    assert "| loss to qat |  | 10.0 ± 0.0 |  |" in text
+    assert "at the rate of the best validation accuracy, over 2 seeds" in text
+    assert "complete already" in capsys.readouterr().out
