@@ -122,7 +122,10 @@ def page(title: str, found: Found, groups: Sequence[Group]) -> str:
         if len(own) > 1 and any(one.ended for one in own):
             parts.append(_figure(report_pictures.accuracies(task, own)))
         if any(run.history for one in own for run in one.runs):
-            caption = "Mean over the seeds; the band reaches from the least to the greatest."
+            caption = "Means over the seeds"
+            if len(own) <= report_pictures.BANDS:
+                caption += "; the band reaches from the least to the greatest"
+            caption += "."
             parts.append(_figure(report_pictures.curves(task, own), caption))
         parts += _diagnoses(own)
         parts.append("</section>")

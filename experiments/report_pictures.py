@@ -59,6 +59,10 @@ def _draw(salt: str, draw: Any) -> Any:
         return _svg(figure, description)
 
 
+BANDS = 8
+"""With more groups than this, curves have no bands: they would hide each other."""
+
+
 def curves(task: str, groups: Sequence[Group]) -> str:
     """Training loss and validation accuracy over the epochs, a line for each group."""
 
@@ -75,9 +79,12 @@ def curves(task: str, groups: Sequence[Group]) -> str:
                 "linestyle": _LINES[i // len(COLORS) % len(_LINES)],
             }
             n = sum(bool(run.history) for run in group.runs)
-            _band(loss, group, "train_loss", 1, style, f"{group.label} (n = {n})")
-            _band(accuracy, group, "validation_accuracy", 100, style, None)
+            banded = len(groups) <= BANDS
+            _line(loss, group, "train_loss", 1, style, f"{group.label} (n = {n})", banded)
+            _line(accuracy, group, "validation_accuracy", 100, style, None, banded)
+        loss.set_yscale("log")  # one run that diverged would flatten all others
         loss.set(xlabel="epoch", ylabel="training cross-entropy (nats)")
+        loss.yaxis.set_major_formatter("{x:g}")
         accuracy.set(xlabel="epoch", ylabel="validation accuracy (%)")
         for axes in (loss, accuracy):
             axes.grid(alpha=0.25)
@@ -88,8 +95,14 @@ def curves(task: str, groups: Sequence[Group]) -> str:
     return str(_draw(f"curves {task}", draw))
 
 
-def _band(
-    axes: Any, group: Group, name: str, factor: float, style: dict[str, str], label: str | None
+def _line(
+    axes: Any,
+    group: Group,
+    name: str,
+    factor: float,
+    style: dict[str, str],
+    label: str | None,
+    banded: bool,
 ) -> None:
     histories = [run.history for run in group.runs if run.history]
     if not histories:
@@ -101,6 +114,8 @@ def _band(
     epochs = np.arange(1, values.shape[1] + 1)
     marker = "o" if len(epochs) < 20 else ""
     axes.plot(epochs, np.nanmean(values, 0), marker=marker, markersize=2.5, label=label, **style)
+    if not banded:
+        return
     low, high = np.nanmin(values, 0), np.nanmax(values, 0)
     axes.fill_between(epochs, low, high, color=style["color"], alpha=0.18, linewidth=0)
 

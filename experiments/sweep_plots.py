@@ -40,6 +40,8 @@ def plot_curves(
         axes[1, column].set_xlabel("epoch")
         axes[0, column].legend(fontsize=7)
         axes[1, column].xaxis.get_major_locator().set_params(integer=True)
+    axes[0, 0].set_yscale("log")  # one run that diverged would flatten all others
+    axes[0, 0].yaxis.set_major_formatter("{x:g}")
     axes[0, 0].set_ylabel("training cross-entropy (nats)")
     axes[1, 0].set_ylabel("validation accuracy (%)")
     for each in axes.flat:
