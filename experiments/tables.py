@@ -51,7 +51,7 @@ PRESETS = {
     "embedded": Preset(
         datasets=(
             "mnist5k to digits=digits:epochs=10,batch_size=64,learning_rate=1e-3",
-            "mnist5k from scratch=mnist5k:from_scratch,epochs=8,learning_rate=16e-3",
+            "mnist5k from scratch=mnist5k:from_scratch,epochs=8,learning_rate=8e-3",
         ),
         models=("vgg_small:width=1", "resnet18:width=0.25"),
         jobs=2,  # most of a short run is compilation, on one core
