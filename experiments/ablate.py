@@ -39,8 +39,8 @@ STUDIES: dict[str, tuple[str, ...]] = {
     "estimators": (
         "fqt1",
         "fqt1:importance=norm",
-        "fqt1:prune=shared",
         "fqt1_plus",
+        "fqt1_plus:importance=norm",
         "fqt1_plus:stratify",
         "fqt1:one_draw",
         "fqt1:one_draw,stratify",

@@ -29,7 +29,7 @@ class CompareConfig(SweepConfig):
 
     task: str = "mnist5k to digits=digits:epochs=10,batch_size=64"
     """Data set, as [LABEL=]NAME[:OPTION=VALUE,...], with options such as epochs or limit."""
-    recipes: tuple[str, ...] = ("qat", "psq1", "fqt1", "fqt1:prune=shared,importance=norm")
+    recipes: tuple[str, ...] = ("qat", "psq1", "fqt1", "fqt1_plus")
     """Recipes, as [LABEL=]NAME[:OPTION=VALUE,...]."""
     optimizers: tuple[str, ...] = ("adam", "sgd")
     """Optimizers, with the options learning_rate, which is then not tuned, weight_decay, momentum

@@ -67,12 +67,12 @@ class EstimatorsConfig(RunConfig):
     estimators: tuple[str, ...] = (
         "psq1",
         "fqt1",
-        "range, shared=fqt1:prune=shared",
+        "range, shared=fqt1_plus",
         "norm, channels=fqt1:importance=norm",
-        "norm, shared=fqt1_plus",
-        "norm, shared, stratified=fqt1_plus:stratify",
-        "the same, 2 bits=fqt1_plus:bits=2,stratify",
-        "the same, 8 bits=fqt1_plus:bits=8,stratify",
+        "norm, shared=fqt1_plus:importance=norm",
+        "norm, shared, stratified=fqt1_plus:importance=norm,stratify",
+        "the same, 2 bits=fqt1_plus:importance=norm,bits=2,stratify",
+        "the same, 8 bits=fqt1_plus:importance=norm,bits=8,stratify",
         "one draw=fqt1:one_draw",
         "one draw, stratified=fqt1:one_draw,stratify",
     )

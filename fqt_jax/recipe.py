@@ -175,8 +175,8 @@ PSQ1 = Recipe(gradient=GradientQuantizer(bits=1, keep=1.0, groups="sample"))
 FQT1 = Recipe(gradient=GradientQuantizer(bits=4))
 """The paper's 1-bit fully quantized training: AGP keeps a quarter of the groups at 4 bits, SCQ."""
 
-FQT1_PLUS = Recipe(gradient=GradientQuantizer(bits=4, importance="norm"), prune="shared")
-"""The same bits, spent better: one draw of samples by their norm serves both gradients of a layer
+FQT1_PLUS = Recipe(gradient=GradientQuantizer(bits=4), prune="shared")
+"""The same bits, spent better: one draw of samples serves both gradients of a layer
 (``docs/estimators.md``)."""
 
 RECIPES: dict[str, Recipe] = {
