@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import json
 import math
 import pathlib
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -23,10 +21,10 @@ from flax import nnx
 from experiments import reporting
 from experiments.cli import Interrupted, StopOnSignal, UserError
 from experiments.config import RunConfig
-from experiments.data import Split, epoch_order
-from experiments.data.augment import augment, normalize
+from experiments.data import epoch_order
 from experiments.diagnosis import Diagnosis
 from experiments.folders import write_json, write_text
+from experiments.steps import METRICS, Data, build_eval_step, build_train_step, evaluate, on_device
 from experiments.tasks import Task, augmentation
 from fqt_jax.checkpoints import (
     latest_checkpoint,
@@ -34,18 +32,11 @@ from fqt_jax.checkpoints import (
     restore_checkpoint,
     save_checkpoint,
 )
-from fqt_jax.training import (
-    Metrics,
-    create_state,
-    make_eval_step,
-    make_train_step,
-    reset_metrics,
-)
+from fqt_jax.steps import GatheredEvalStep, GatheredTrainStep
+from fqt_jax.training import create_state, reset_metrics
 
 _IN_FLIGHT = 4
 """Steps dispatched ahead of the device, so that it never waits, nor the user after Ctrl-C."""
-
-Data = tuple[jax.Array, jax.Array]
 
 
 class Diverged(UserError):
@@ -56,8 +47,8 @@ class Steps(NamedTuple):
     """An optimizer with its compiled steps: the same for runs that differ in seed or rates."""
 
     optimizer: optax.GradientTransformation
-    train: Callable[..., Any]
-    evaluate: Callable[..., Metrics]
+    train: GatheredTrainStep
+    evaluate: GatheredEvalStep
 
 
 SharedSteps = dict[Hashable, Steps]
@@ -101,17 +92,9 @@ def train(
 def _steps(config: RunConfig, task: Task, graphdef: Any, total_steps: int) -> Steps:
     dataset = task.dataset
     optimizer = config.build_optimizer().build(nnx.state(task.model, nnx.Param), total_steps)
-    prepare = functools.partial(normalize, mean=dataset.mean, std=dataset.std)
     flip, pad = augmentation(config, dataset)
-    train_step = make_train_step(
-        graphdef,
-        optimizer,
-        smoothing=config.label_smoothing,
-        preprocess=lambda x, key: prepare(augment(x, key, flip=flip, pad=pad)),
-        one_draw=config.build_one_draw(),
-        stratify=config.stratify,
-    )
-    return Steps(optimizer, train_step, make_eval_step(graphdef, preprocess=prepare))
+    train_step = build_train_step(config, dataset, graphdef, optimizer, flip=flip, pad=pad)
+    return Steps(optimizer, train_step, build_eval_step(dataset, graphdef))
 
 
 class _Run:
@@ -139,7 +122,7 @@ class _Run:
         if program not in shared:
             shared[program] = _steps(config, task, graphdef, self.total_steps)
         self.steps = shared[program]
-        _, state = create_state(task.model, self.steps.optimizer)
+        _, state = create_state(task.model, self.steps.optimizer, METRICS)
         opt_state = config.build_optimizer().set_rates(state.opt_state)
         self.state = dataclasses.replace(state, opt_state=opt_state)
         self.key = jax.random.key(config.seed)
@@ -157,8 +140,8 @@ class _Run:
         self._restore()
         (self.folder / "layers.txt").write_text(f"{self.task.table}\n")
         dataset = self.task.dataset
-        train_data = _on_device(dataset.train)
-        validation_data = _on_device(dataset.validation)
+        train_data = on_device(dataset.train)
+        validation_data = on_device(dataset.validation)
         began = time.perf_counter()
         with StopOnSignal() as stop, reporting.Progress(self.total_steps) as progress:
             for epoch in range(int(self.state.step) // self.steps_per_epoch, self.config.epochs):
@@ -167,7 +150,7 @@ class _Run:
                 if stop.requested and epoch + 1 < self.config.epochs:
                     self._save()
                     raise Interrupted(self._how_to_resume())
-        test = self._evaluate(_on_device(dataset.test))
+        test = self._evaluate(on_device(dataset.test))
         summary = self._summary(test, time.perf_counter() - began)
         write_json(summary_path, summary)
         reporting.plot_curves(self.history, summary, self.folder / "curves.png")
@@ -176,8 +159,13 @@ class _Run:
     def _train_epoch(
         self, epoch: int, data: Data, stop: StopOnSignal, progress: reporting.Progress
     ) -> None:
+        labels = self.task.dataset.train.labels
         order = epoch_order(
-            len(self.task.dataset.train), self.config.batch_size, self.config.seed, epoch
+            len(labels),
+            self.config.batch_size,
+            self.config.seed,
+            epoch,
+            labels=labels if self.config.stratify else None,
         )
         in_flight: collections.deque[jax.Array] = collections.deque()
         finished: list[float] = []
@@ -189,7 +177,7 @@ class _Run:
 
         first = int(self.state.step) % self.steps_per_epoch
         for i in range(first, self.steps_per_epoch):
-            self.state, loss = self.steps.train(self.state, *data, jnp.asarray(order[i]), self.key)
+            self.state, loss = self.steps.train(self.state, data, order[i], self.key)
             in_flight.append(loss)
             done = epoch * self.steps_per_epoch + i + 1
             if len(in_flight) > _IN_FLIGHT:
@@ -232,13 +220,7 @@ class _Run:
             self.diagnosis.report(self.history, self.folder)
 
     def _evaluate(self, data: Data) -> dict[str, float]:
-        metrics = Metrics.zero()
-        n, batch = data[1].shape[0], self.config.batch_size
-        for start in range(0, n, batch):
-            indices = np.arange(start, start + batch, dtype=np.int32)
-            indices[indices >= n] = -1
-            metrics = self.steps.evaluate(self.state, metrics, *data, jnp.asarray(indices))
-        return metrics.means()
+        return evaluate(self.steps.evaluate, self.state, data, self.config.batch_size)
 
     def _save(self) -> None:
         """Saves the state, then drops all checkpoints before it."""
@@ -311,7 +293,3 @@ class _Run:
 def _median_ms(seconds: list[float]) -> float | None:
     """Median in milliseconds; None of nothing, in runs of one step an epoch."""
     return round(1000 * statistics.median(seconds), 3) if seconds else None
-
-
-def _on_device(split: Split) -> Data:
-    return jnp.asarray(split.images), jnp.asarray(split.labels)

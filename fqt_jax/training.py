@@ -103,7 +103,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     loss: Loss,
-    estimator: Estimator | None = None,
+    estimator: Estimator = FullBatch(),
     metrics: Mapping[str, Metric] = NO_METRICS,
     inputs: Part = default_inputs,
     preprocess: Callable[[Any, jax.Array], Any] | None = None,
@@ -115,7 +115,7 @@ def make_train_step(
       optimizer: an Optax optimizer.
       loss: ``(outputs, batch) -> losses``, one number a sample; its mean is what is trained on.
         :class:`CrossEntropy` also checks labels.
-      estimator: of the gradient: ``FullBatch()`` unless given, or
+      estimator: of the gradient: that of the whole batch, or
         :class:`~fqt_jax.estimators.OneDraw`, or another (:mod:`fqt_jax.estimators`).
       metrics: by name, what is summed besides the loss: ``(outputs, batch) -> values``, one number
         a sample, or ``(sums, counts)`` (:data:`fqt_jax.metrics.Metric`). The state must have been
@@ -131,6 +131,7 @@ def make_train_step(
       is donated: do not use it again.
 
     Raises:
+      TypeError: ``estimator`` has no method ``gradients``.
       ValueError: a metric is called ``"loss"``. The first step with a batch of a new shape raises
         for an empty batch, arrays of different lengths, a loss or metric that is not one number a
         sample, and metrics that the state does not sum.
@@ -150,7 +151,11 @@ def make_train_step(
       (True, 100)
     """
     check_names(metrics)
-    chosen: Estimator = FullBatch() if estimator is None else estimator
+    if isinstance(estimator, type) or not hasattr(estimator, "gradients"):
+        raise TypeError(
+            f"estimator must be an object with a method gradients, such as FullBatch(); got "
+            f"{estimator!r}."
+        )
 
     def losses_of(outputs: Any, batch: Any) -> jax.Array:
         return _losses(loss, outputs, batch, batch_size(batch))
@@ -162,7 +167,7 @@ def make_train_step(
             batch = preprocess(batch, key)
         n = batch_size(batch)
         model = SplitModel(graphdef, state.params, state.others, inputs)
-        result = chosen.gradients(model, batch, losses_of, jax.random.fold_in(key, 1))
+        result = estimator.gradients(model, batch, losses_of, jax.random.fold_in(key, 1))
         updates, opt_state = optimizer.update(result.grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         losses = losses_of(result.outputs, batch)
