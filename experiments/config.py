@@ -8,7 +8,7 @@ import pathlib
 from typing import Any, ClassVar, Literal, TypeVar
 
 from experiments.cli import UserError
-from fqt_jax.gradients import OneDraw
+from fqt_jax.estimators import Estimator, FullBatch, OneDraw
 from fqt_jax.kernels import check_implementation
 from fqt_jax.models import MODELS
 from fqt_jax.optimizers import OptimizerConfig
@@ -133,7 +133,7 @@ class RunConfig:
         if self.out is not None and self.resume is not None:
             raise UserError("give either out, for a new run, or resume, for one that exists.")
         try:  # now, before any data are read and any folder is made
-            self.build_one_draw()
+            self.build_estimator()
             self.build_optimizer()
             check_implementation(self.implementation)
         except (TypeError, ValueError) as error:
@@ -153,10 +153,10 @@ class RunConfig:
             changes["gradient"] = dataclasses.replace(recipe.gradient, **of_gradient)
         return dataclasses.replace(recipe, **changes)
 
-    def build_one_draw(self) -> OneDraw | None:
-        """The draw for the whole network, of the fraction that the recipe keeps; None without."""
+    def build_estimator(self) -> Estimator:
+        """The step's estimator: with one draw, of the fraction that the recipe keeps."""
         if not self.one_draw:
-            return None
+            return FullBatch()
         gradient = self.build_recipe().gradient
         if gradient is None or gradient.keep_fraction == 1:
             raise UserError(f"the recipe {self.recipe!r} prunes nothing: one_draw cannot be set.")

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import json
 import math
 import pathlib
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any, NamedTuple, NoReturn
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -21,26 +19,19 @@ from flax import nnx
 from experiments import reporting
 from experiments.cli import Interrupted, StopOnSignal, UserError
 from experiments.config import RunConfig
-from experiments.data import Split, epoch_order
-from experiments.data.augment import augment, normalize
+from experiments.data import epoch_order
 from experiments.diagnosis import Diagnosis
 from experiments.folders import write_json, write_text
 from experiments.run_checkpoints import RunCheckpoints
+from experiments.steps import METRICS, Data, build_eval_step, build_train_step, evaluate, on_device
 from experiments.summaries import read_summary, summarize
 from experiments.tasks import Task, augmentation
 from fqt_jax.checkpoints import nonfinite_arrays, read_metadata, restore_checkpoint
-from fqt_jax.training import (
-    Metrics,
-    create_state,
-    make_eval_step,
-    make_train_step,
-    reset_metrics,
-)
+from fqt_jax.steps import GatheredEvalStep, GatheredTrainStep
+from fqt_jax.training import create_state, reset_metrics
 
 _IN_FLIGHT = 4
 """Steps dispatched ahead of the device, so that it never waits, nor the user after Ctrl-C."""
-
-Data = tuple[jax.Array, jax.Array]
 
 
 class Diverged(UserError):
@@ -51,8 +42,8 @@ class Steps(NamedTuple):
     """An optimizer with its compiled steps: the same for runs that differ in seed or rates."""
 
     optimizer: optax.GradientTransformation
-    train: Callable[..., Any]
-    evaluate: Callable[..., Metrics]
+    train: GatheredTrainStep
+    evaluate: GatheredEvalStep
 
 
 SharedSteps = dict[Hashable, Steps]
@@ -102,17 +93,9 @@ def train(
 def _steps(config: RunConfig, task: Task, graphdef: Any, total_steps: int) -> Steps:
     dataset = task.dataset
     optimizer = config.build_optimizer().build(nnx.state(task.model, nnx.Param), total_steps)
-    prepare = functools.partial(normalize, mean=dataset.mean, std=dataset.std)
     flip, pad = augmentation(config, dataset)
-    train_step = make_train_step(
-        graphdef,
-        optimizer,
-        smoothing=config.label_smoothing,
-        preprocess=lambda x, key: prepare(augment(x, key, flip=flip, pad=pad)),
-        one_draw=config.build_one_draw(),
-        stratify=config.stratify,
-    )
-    return Steps(optimizer, train_step, make_eval_step(graphdef, preprocess=prepare))
+    train_step = build_train_step(config, dataset, graphdef, optimizer, flip=flip, pad=pad)
+    return Steps(optimizer, train_step, build_eval_step(dataset, graphdef))
 
 
 class _Run:
@@ -140,7 +123,7 @@ class _Run:
         if program not in shared:
             shared[program] = _steps(config, task, graphdef, self.total_steps)
         self.steps = shared[program]
-        _, state = create_state(task.model, self.steps.optimizer)
+        _, state = create_state(task.model, self.steps.optimizer, METRICS)
         opt_state = config.build_optimizer().set_rates(state.opt_state)
         self.state = dataclasses.replace(state, opt_state=opt_state)
         self.key = jax.random.key(config.seed)
@@ -159,8 +142,8 @@ class _Run:
         self._restore()
         (self.folder / "layers.txt").write_text(f"{self.task.table}\n")
         dataset = self.task.dataset
-        train_data = _on_device(dataset.train)
-        validation_data = _on_device(dataset.validation)
+        train_data = on_device(dataset.train)
+        validation_data = on_device(dataset.validation)
         began = time.perf_counter()
         with StopOnSignal() as stop, reporting.Progress(self.total_steps) as progress:
             for epoch in range(int(self.state.step) // self.steps_per_epoch, self.config.epochs):
@@ -176,7 +159,7 @@ class _Run:
             start=self.start,
             steps=self.total_steps,
             last=self.history[-1],
-            test=self._evaluate(_on_device(dataset.test)),
+            test=self._evaluate(on_device(dataset.test)),
             step_seconds=self.step_seconds,
             seconds=time.perf_counter() - began,
         )
@@ -187,8 +170,13 @@ class _Run:
     def _train_epoch(
         self, epoch: int, data: Data, stop: StopOnSignal, progress: reporting.Progress
     ) -> None:
+        labels = self.task.dataset.train.labels
         order = epoch_order(
-            len(self.task.dataset.train), self.config.batch_size, self.config.seed, epoch
+            len(labels),
+            self.config.batch_size,
+            self.config.seed,
+            epoch,
+            labels=labels if self.config.stratify else None,
         )
         in_flight: collections.deque[tuple[int, jax.Array]] = collections.deque()
         finished: list[float] = []
@@ -203,7 +191,7 @@ class _Run:
 
         first = int(self.state.step) % self.steps_per_epoch
         for i in range(first, self.steps_per_epoch):
-            self.state, loss = self.steps.train(self.state, *data, jnp.asarray(order[i]), self.key)
+            self.state, loss = self.steps.train(self.state, data, order[i], self.key)
             done = epoch * self.steps_per_epoch + i + 1
             in_flight.append((done, loss))
             if len(in_flight) > _IN_FLIGHT:
@@ -244,13 +232,7 @@ class _Run:
             self.diagnosis.report(self.history, self.folder)
 
     def _evaluate(self, data: Data) -> dict[str, float]:
-        metrics = Metrics.zero()
-        n, batch = data[1].shape[0], self.config.batch_size
-        for start in range(0, n, batch):
-            indices = np.arange(start, start + batch, dtype=np.int32)
-            indices[indices >= n] = -1
-            metrics = self.steps.evaluate(self.state, metrics, *data, jnp.asarray(indices))
-        return metrics.means()
+        return evaluate(self.steps.evaluate, self.state, data, self.config.batch_size)
 
     def _save(self) -> None:
         self.saved_at = time.perf_counter()
@@ -330,6 +312,41 @@ class _Run:
             f"continue by: python -m experiments.{self.kind} --resume {self.folder}"
         )
 
+<<<<<<< HEAD
 
 def _on_device(split: Split) -> Data:
     return jnp.asarray(split.images), jnp.asarray(split.labels)
+=======
+    def _summary(self, test: dict[str, float], seconds: float) -> dict[str, Any]:
+        last = self.history[-1]
+        gradient = self.config.build_recipe().gradient
+        return {
+            "experiment": self.kind,
+            "dataset": self.config.dataset,
+            "model": self.config.model,
+            "width": self.config.width,
+            "recipe": self.config.recipe,
+            "variant": self.config.variant,
+            "gradient_bits": 32 if gradient is None else gradient.bits_per_entry,
+            "optimizer": self.config.optimizer,
+            "learning_rate": self.config.build_optimizer().rates()[0],
+            "seed": self.config.seed,
+            "start": self.start,
+            "epochs": self.config.epochs,
+            "steps": self.total_steps,
+            "parameters": sum(x.size for x in jax.tree.leaves(self.state.params)),
+            "train_loss": last["train_loss"],
+            "validation_loss": last["validation_loss"],
+            "validation_accuracy": last["validation_accuracy"],
+            "test_loss": test["loss"],
+            "test_accuracy": test["accuracy"],
+            "test_images": len(self.task.dataset.test),
+            "step_ms": _median_ms(self.step_seconds),
+            "seconds": round(seconds, 1),
+        }
+
+
+def _median_ms(seconds: list[float]) -> float | None:
+    """Median in milliseconds; None of nothing, in runs of one step an epoch."""
+    return round(1000 * statistics.median(seconds), 3) if seconds else None
+>>>>>>> training

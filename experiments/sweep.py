@@ -130,7 +130,7 @@ class Group:
 
     def __post_init__(self) -> None:
         self.base.build_recipe()
-        self.base.build_one_draw()
+        self.base.build_estimator()
         self.base.build_optimizer()
         for seed in self.seeds:
             self.cell(seed)

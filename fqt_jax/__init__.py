@@ -1,7 +1,9 @@
 """1-bit fully quantized training for JAX and Flax (arXiv 2408.14267)."""
 
 from fqt_jax import diagnostics as diagnostics
+from fqt_jax import estimators as estimators
 from fqt_jax import theory as theory
+from fqt_jax import training as training
 from fqt_jax.binarize import PackedBits as PackedBits
 from fqt_jax.binarize import binarize as binarize
 from fqt_jax.binarize import weight_scale as weight_scale

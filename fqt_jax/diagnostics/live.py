@@ -7,12 +7,12 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from fqt_jax.diagnostics.errors import Quantization
 from fqt_jax.diagnostics.groups import effective_groups, group_ranges, sign_flip_ratio
-from fqt_jax.diagnostics.taps import LayerGradient, layer_gradients, noise_to_signal
-from fqt_jax.gradients import LossesOf
-from fqt_jax.training import TrainState, cross_entropy, merge_model
+from fqt_jax.diagnostics.taps import LayerGradient, LossesOf, layer_gradients, noise_to_signal
+from fqt_jax.training import TrainState, merge_model
 
 STALL_NOISE_TO_SIGNAL = 3**-0.5
 r"""Noise-to-signal ratio of a gradient past which quantized training was found less effective:
@@ -34,7 +34,7 @@ def diagnose(
     *,
     passes: int = 8,
     previous: Any = None,
-    losses_of: LossesOf = cross_entropy,
+    losses_of: LossesOf = optax.softmax_cross_entropy_with_integer_labels,
 ) -> dict[str, float]:
     """Diagnoses each quantized layer on a batch; changes nothing.
 

@@ -13,13 +13,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 from fqt_jax.binarize import weight_scale
-from fqt_jax.gradients import LossesOf
 from fqt_jax.layers import QuantConv, QuantLinear
 from fqt_jax.recipe import FULL_PRECISION, Recipe
-from fqt_jax.training import cross_entropy
+
+LossesOf = Callable[[jax.Array, jax.Array], jax.Array]
+"""``(outputs, labels) -> losses``, one for each sample."""
 
 Observe = Callable[[str, Any, jax.Array, jax.Array], jax.Array]
 
@@ -121,7 +123,7 @@ def layer_gradients(
     *,
     key: jax.Array,
     passes: int = 8,
-    losses_of: LossesOf = cross_entropy,
+    losses_of: LossesOf = optax.softmax_cross_entropy_with_integer_labels,
 ) -> dict[str, LayerGradient]:
     """Gradients of each quantized layer of a model on a batch, from real backward passes.
 

@@ -75,7 +75,7 @@ def test_a_run_writes_its_folder(capsys):
 def test_a_stopped_run_resumes_with_the_numbers_of_an_unbroken_one(monkeypatch, capsys):
     main(tiny(out=pathlib.Path("whole")))
     stop_at = 4
-    train_step = runner.make_train_step
+    train_step = runner.build_train_step
 
     def interrupting(*args, **kwargs):
         step = train_step(*args, **kwargs)
@@ -88,10 +88,10 @@ def test_a_stopped_run_resumes_with_the_numbers_of_an_unbroken_one(monkeypatch, 
 
         return wrapped
 
-    monkeypatch.setattr(runner, "make_train_step", interrupting)
+    monkeypatch.setattr(runner, "build_train_step", interrupting)
     with pytest.raises(cli.Interrupted, match=r"stopped after step 4 of \d+ .* --resume run"):
         main(tiny())
-    monkeypatch.setattr(runner, "make_train_step", train_step)
+    monkeypatch.setattr(runner, "build_train_step", train_step)
     assert read_metadata(latest_checkpoint("run/checkpoints"))["history"] == lines("run")
     main(FinetuneConfig(resume=pathlib.Path("run")))
     assert lines("run") == lines("whole")
@@ -106,17 +106,17 @@ def test_a_stopped_run_resumes_with_the_numbers_of_an_unbroken_one(monkeypatch, 
 
 def test_the_step_compiles_once_over_epochs_and_resume(monkeypatch):
     steps = []
-    original = runner.make_train_step
+    original = runner.build_train_step
 
     def recording(*args, **kwargs):
         steps.append(original(*args, **kwargs))
         return steps[-1]
 
-    monkeypatch.setattr(runner, "make_train_step", recording)
+    monkeypatch.setattr(runner, "build_train_step", recording)
     main(tiny(epochs=2))
     (pathlib.Path("run") / "summary.json").unlink()
     main(FinetuneConfig(resume=pathlib.Path("run")))  # nothing is left to train
-    assert [step._cache_size() for step in steps] == [1, 0]
+    assert [step.jitted._cache_size() for step in steps] == [1, 0]
 
 
 def test_finetuning_pretrains_once_and_keeps_the_result(capsys):

@@ -133,17 +133,17 @@ def tiny(**changes) -> FinetuneConfig:
 
 def test_a_worker_compiles_once_and_its_runs_are_those_of_their_own(monkeypatch):
     steps = []
-    original = runner.make_train_step
+    original = runner.build_train_step
 
     def recording(*args, **kwargs):
         steps.append(original(*args, **kwargs))
         return steps[-1]
 
-    monkeypatch.setattr(runner, "make_train_step", recording)
+    monkeypatch.setattr(runner, "build_train_step", recording)
     cells = Group({}, tiny(), (0, 1), (1e-3, 1e-2, 1e-1))
     reports = io.StringIO()
     sweep_worker.main({"group": cells.to_json(), "root": "out", "skip": []}, reports)
-    assert [step._cache_size() for step in steps] == [1]
+    assert [step.jitted._cache_size() for step in steps] == [1]
     result = collect(cells, Store(pathlib.Path("out")))
     assert result.failures == {}
     assert len(reports.getvalue().splitlines()) == 2 * (len(result.tried) + 1)
