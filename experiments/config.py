@@ -17,7 +17,7 @@ from fqt_jax.recipe import (
     Importance,
     Prune,
     Recipe,
-    Sampler,
+    SamplerName,
     Scale,
     recipe_by_name,
 )
@@ -44,7 +44,7 @@ class RunConfig:
     """Bits of a gradient code, 1 to 8."""
     keep: float | None = None
     """Fraction of the gradient's groups that is kept, in (0, 1]."""
-    sampler: Sampler | None = None
+    sampler: SamplerName | None = None
     """How the kept groups are drawn."""
     importance: Importance | None = None
     """What a group's keep probability is proportional to."""
@@ -142,8 +142,8 @@ class RunConfig:
     def build_recipe(self) -> Recipe:
         """The named recipe with the parts that were changed."""
         recipe = recipe_by_name(self.recipe)
-        changes = _given(self, ("prune", "scale", "clip"))
-        of_gradient = _given(self, ("bits", "keep", "sampler", "importance", "groups"))
+        changes = _given(self, ("scale", "clip"))
+        of_gradient = _given(self, ("bits", "keep", "sampler", "importance", "groups", "prune"))
         if of_gradient:
             if recipe.gradient is None:
                 raise UserError(

@@ -338,9 +338,8 @@ def kept_fractions(layer: LayerShape, recipe: Recipe) -> tuple[float, float]:
     gradient = recipe.gradient
     if gradient is None:
         return 1.0, 1.0
-    n, o = layer.output[0], layer.output[3]
-    samples, channels = gradient.kept(n) / n, gradient.kept(o) / o
-    return samples, channels if recipe.prune == "channels" else samples
+    sizes = {"samples": layer.output[0], "channels": layer.output[3]}
+    return gradient.kept_part("input", **sizes), gradient.kept_part("weight", **sizes)
 
 
 class Roster:

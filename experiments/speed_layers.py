@@ -55,8 +55,8 @@ class Operands:
         g = jnp.asarray(normal * scales[0][:, None, None, None] * scales[1])
         seeds = seeds_from_key(jax.random.key(seed), 4)
         assert FQT1.gradient is not None
-        for_input, for_channels = roundings(g, FQT1.gradient, False, seeds)
-        _, for_shared = roundings(g, FQT1.gradient, True, seeds)
+        for_input, for_channels = roundings(g, FQT1.gradient, seeds)
+        _, for_shared = roundings(g, dataclasses.replace(FQT1.gradient, prune="shared"), seeds)
         return cls(
             layer,
             PackedBits.pack(jnp.asarray(rng.random(layer.input) < 0.5)),

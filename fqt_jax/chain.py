@@ -495,10 +495,7 @@ def _conv_bwd(
     recipe = link.recipe
     for_input, for_weight = None, None
     if recipe.gradient is not None:
-        shared = recipe.prune == "shared"
-        for_input, for_weight = roundings(
-            g, recipe.gradient, shared, kept.operands.seeds[i], (lo, hi)
-        )
+        for_input, for_weight = roundings(g, recipe.gradient, kept.operands.seeds[i], (lo, hi))
     signs = kept.signs[i]
     d = kernels.input_grad(
         g,

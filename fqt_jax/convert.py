@@ -42,7 +42,7 @@ class ConversionTable(tuple[ConvertedLayer, ...]):
         rows = [("layer", "kind", "kernel", "becomes", "because")]
         for layer in self:
             shape = "x".join(map(str, layer.shape))
-            rows.append((layer.path, layer.kind, shape, _describe(layer.recipe), layer.reason))
+            rows.append((layer.path, layer.kind, shape, str(layer.recipe), layer.reason))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = [
             "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
@@ -237,26 +237,3 @@ def _quantized(
         new = QuantLinear(layer.in_features, layer.out_features, **common)
     new.kernel, new.bias = layer.kernel, layer.bias
     return new
-
-
-def _describe(recipe: Recipe) -> str:
-    """A recipe in a few words, for the table."""
-    if not recipe.binary:
-        return "float"
-    gradient = recipe.gradient
-    words = ["binary"]
-    if recipe.scale != "mean_abs":
-        words.append(f"scale {recipe.scale}")
-    if not recipe.clip:
-        words.append("no clip")
-    if gradient is None:
-        return ", ".join([*words, "float gradients"])
-    text = f"{gradient.bits}-bit gradients"
-    if gradient.groups != "sample_channel":
-        text += f" per {gradient.groups}"
-    if gradient.keep_fraction < 1:
-        detail: list[str] = [gradient.sampler, recipe.prune]
-        if gradient.importance != "range":
-            detail.append(f"by {gradient.importance}")
-        text += f" of {gradient.keep_fraction:.0%} ({', '.join(detail)})"
-    return ", ".join([*words, text])

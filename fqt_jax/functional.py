@@ -352,7 +352,7 @@ def _binary_conv_bwd(
         g = g * alpha.astype(jnp.float32).reshape(1, 1, 1, -1)
     for_input, for_weight = None, None
     if recipe.gradient is not None and seeds is not None and g.size:
-        for_input, for_weight = roundings(g, recipe.gradient, recipe.prune == "shared", seeds)
+        for_input, for_weight = roundings(g, recipe.gradient, seeds)
     input_size = (x_signs.shape[0], x_signs.shape[1])
     dx = kernels.input_grad(
         g, w_signs, for_input, window, input_size, mask=x_clip, implementation=implementation

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, get_args
 
 import jax
 from flax import nnx
 
 from fqt_jax.diagnostics.taps import LayerShape, layer_shapes
 from fqt_jax.kernels.contract import sum_dtype
+from fqt_jax.recipe import Product
 
 _FLOAT_BITS = 32
 
@@ -143,9 +144,10 @@ def _layer_budget(layer: LayerShape) -> LayerBudget:
     quantizer = recipe.gradient
     to_input = to_weight = float(_FLOAT_BITS)
     if quantizer is not None:
-        to_input = quantizer.bits * quantizer.kept(n) / n
-        by_channel = recipe.prune == "channels" and quantizer.groups != "sample"
-        to_weight = quantizer.bits * quantizer.kept(o) / o if by_channel else to_input
+        to_input, to_weight = (
+            quantizer.bits * quantizer.kept_part(product, samples=n, channels=o)
+            for product in get_args(Product)
+        )
     counts: dict[str, Any] = {
         "weights": math.prod(layer.kernel),
         "weight_bits": operand_bits,

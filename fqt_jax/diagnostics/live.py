@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -12,6 +12,7 @@ import optax
 from fqt_jax.diagnostics.errors import Quantization
 from fqt_jax.diagnostics.groups import effective_groups, group_ranges, sign_flip_ratio
 from fqt_jax.diagnostics.taps import LayerGradient, LossesOf, layer_gradients, noise_to_signal
+from fqt_jax.recipe import Product
 from fqt_jax.training import TrainState, merge_model
 
 STALL_NOISE_TO_SIGNAL = 3**-0.5
@@ -116,12 +117,11 @@ def describe(layer: LayerGradient) -> dict[str, float]:
         entry[name] = float(g.shape[axis])
         entry[f"effective_{name}"] = effective_groups(group_ranges(g, axis))
         entry[f"exact_effective_{name}"] = effective_groups(group_ranges(layer.exact_g, axis))
-    quantizer, prune = layer.recipe.gradient, layer.recipe.prune
-    for product in ("input", "weight"):
+    quantizer = layer.recipe.gradient
+    for product in get_args(Product):
         error = 0.0
         if quantizer is not None:
-            how = Quantization(quantizer, product, prune)
-            error = how.predicted(layer.g).total
+            error = Quantization(quantizer, product).predicted(layer.g).total
         entry[f"{product}_noise_to_signal"] = math.sqrt(error) / norm if norm else 0.0
     return entry | _threshold(layer.noise_to_signal)
 

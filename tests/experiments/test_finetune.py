@@ -235,7 +235,7 @@ def test_parts_of_a_recipe_can_be_changed():
     recipe = RunConfig(bits=2, prune="shared", importance="norm").build_recipe()
     assert recipe.gradient is not None
     assert (recipe.gradient.bits, recipe.gradient.keep_fraction) == (2, 0.5)
-    assert (recipe.prune, recipe.gradient.importance) == ("shared", "norm")
+    assert (recipe.gradient.prune, recipe.gradient.importance) == ("shared", "norm")
 
 
 def call(*arguments: str, cwd: pathlib.Path) -> subprocess.CompletedProcess[str]:
