@@ -93,7 +93,6 @@ def main(config: StatisticsConfig) -> None:
         raise cli.UserError(f"there are only {len(dataset.train)} training images.")
     task = tasks.build_task(config, dataset, None)
     folder = folders.run_folder(config, "gradients")
-    folders.write_config(config, folder)
     print(task.table)
     prepare = functools.partial(normalize, mean=dataset.mean, std=dataset.std)
     n = config.diagnosed_images

@@ -21,12 +21,13 @@ import optax
 from flax import nnx
 
 from experiments import reporting
-from experiments.cli import Interrupted, StopOnSignal, UserError
+from experiments.cli import UserError
 from experiments.config import RunConfig
 from experiments.data import Split, epoch_order
 from experiments.data.augment import augment, normalize
 from experiments.diagnosis import Diagnosis
 from experiments.folders import write_json, write_text
+from experiments.process import Interrupted, StopOnSignal
 from experiments.tasks import Task, augmentation
 from fqt_jax.checkpoints import (
     latest_checkpoint,
@@ -164,7 +165,7 @@ class _Run:
             for epoch in range(int(self.state.step) // self.steps_per_epoch, self.config.epochs):
                 self._train_epoch(epoch, train_data, stop, progress)
                 self._end_epoch(epoch, validation_data, progress)
-                if stop.requested and epoch + 1 < self.config.epochs:
+                if stop.requested:
                     self._save()
                     raise Interrupted(self._how_to_resume())
         test = self._evaluate(_on_device(dataset.test))
@@ -190,6 +191,7 @@ class _Run:
         first = int(self.state.step) % self.steps_per_epoch
         for i in range(first, self.steps_per_epoch):
             self.state, loss = self.steps.train(self.state, *data, jnp.asarray(order[i]), self.key)
+            stop.defer()  # before its first step a run has nothing to save
             in_flight.append(loss)
             done = epoch * self.steps_per_epoch + i + 1
             if len(in_flight) > _IN_FLIGHT:
@@ -205,9 +207,11 @@ class _Run:
     def _end_epoch(self, epoch: int, validation: Data, progress: reporting.Progress) -> None:
         trained = self.state.metrics.means()
         if not math.isfinite(trained["loss"]):
+            folder = self.folder / "checkpoints"
+            last = latest_checkpoint(folder) and f" The run's last good state is in {folder}."
             raise Diverged(
                 f"the loss became {trained['loss']} in epoch {epoch + 1}: lower the learning "
-                f"rate. The run's last good state is in {self.folder / 'checkpoints'}."
+                f"rate.{last or ''}"
             )
         held_out = self._evaluate(validation)
         line: dict[str, Any] = {
