@@ -138,6 +138,20 @@ class RunConfig:
             check_implementation(self.implementation)
         except (TypeError, ValueError) as error:
             raise UserError(str(error)) from None
+        if self.diagnose and not self.build_recipe().binary:
+            raise UserError(f"diagnose needs a binary recipe; {self.recipe!r} is not.")
+
+    def check_batch(self, images: int) -> None:
+        """Checks that so many training images make a batch.
+
+        Raises:
+          UserError: they do not.
+        """
+        if self.batch_size > images:
+            raise UserError(
+                f"batch_size is {self.batch_size}, but {self.dataset} has only {images} training "
+                "images."
+            )
 
     def build_recipe(self) -> Recipe:
         """The named recipe with the parts that were changed."""

@@ -280,7 +280,6 @@ def main(config: EstimatorsConfig) -> None:
     if max(config.batch_size, config.images) > len(dataset.train):
         raise cli.UserError(f"there are only {len(dataset.train)} training images.")
     folder = folders.run_folder(config, "estimators")
-    folders.write_config(config, folder)
 
     def estimator(run: RunConfig) -> _Estimator:
         model = tasks.build_task(run, dataset, None).model

@@ -88,7 +88,6 @@ def main(config: StatisticsConfig) -> None:
         raise cli.UserError(f"there are only {len(dataset.train)} training images.")
     task = tasks.build_task(config, dataset, None)
     folder = folders.run_folder(config, "gradients")
-    folders.write_config(config, folder)
     print(task.table)
     n = config.diagnosed_images
     batch = Batch(

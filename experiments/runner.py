@@ -17,11 +17,12 @@ import optax
 from flax import nnx
 
 from experiments import reporting
-from experiments.cli import Interrupted, StopOnSignal, UserError
+from experiments.cli import UserError
 from experiments.config import RunConfig
 from experiments.data import epoch_order
 from experiments.diagnosis import Diagnosis
 from experiments.folders import write_json, write_text
+from experiments.process import Interrupted, StopOnSignal
 from experiments.run_checkpoints import RunCheckpoints
 from experiments.steps import METRICS, Data, build_eval_step, build_train_step, evaluate, on_device
 from experiments.summaries import read_summary, summarize
@@ -149,7 +150,7 @@ class _Run:
             for epoch in range(int(self.state.step) // self.steps_per_epoch, self.config.epochs):
                 self._train_epoch(epoch, train_data, stop, progress)
                 self._end_epoch(epoch, validation_data, progress)
-                if stop.requested and epoch + 1 < self.config.epochs:
+                if stop.requested:
                     self._save_and_stop(epoch)
         summary = summarize(
             self.config,
@@ -192,6 +193,7 @@ class _Run:
         first = int(self.state.step) % self.steps_per_epoch
         for i in range(first, self.steps_per_epoch):
             self.state, loss = self.steps.train(self.state, data, order[i], self.key)
+            stop.defer()  # before its first step a run has nothing to save
             done = epoch * self.steps_per_epoch + i + 1
             in_flight.append((done, loss))
             if len(in_flight) > _IN_FLIGHT:

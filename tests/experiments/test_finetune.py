@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import cli, runner
+from experiments import cli, process, runner
 from experiments.config import RunConfig
 from experiments.data import load
 from experiments.finetune import FinetuneConfig, main
@@ -54,6 +54,7 @@ def test_a_run_writes_its_folder(capsys):
     main(tiny())
     folder = pathlib.Path("run")
     assert {path.name for path in folder.iterdir()} == {
+        ".lock",
         "checkpoints",
         "config.json",
         "curves.png",
@@ -89,7 +90,7 @@ def test_a_stopped_run_resumes_with_the_numbers_of_an_unbroken_one(monkeypatch, 
         return wrapped
 
     monkeypatch.setattr(runner, "build_train_step", interrupting)
-    with pytest.raises(cli.Interrupted, match=r"stopped after step 4 of \d+ .* --resume run"):
+    with pytest.raises(process.Interrupted, match=r"stopped after step 4 of \d+ .* --resume run"):
         main(tiny())
     monkeypatch.setattr(runner, "build_train_step", train_step)
     assert read_metadata(latest_checkpoint("run/checkpoints"))["history"] == lines("run")
@@ -207,11 +208,15 @@ def test_bad_options_are_refused_on_construction(changes, message):
 
 def test_run_folders_are_never_overwritten_nor_mixed_up():
     pathlib.Path("run").mkdir()
-    with pytest.raises(cli.UserError, match=r"the folder run exists already.*--resume run"):
-        main(tiny())
     with pytest.raises(cli.UserError, match=r"not a run: it has no config\.json"):
         main(FinetuneConfig(resume=pathlib.Path("run")))
+    pathlib.Path("run/theirs").touch()
+    with pytest.raises(cli.UserError, match=r"the folder run exists already: choose another one\."):
+        main(tiny())
+    assert [path.name for path in pathlib.Path("run").iterdir()] == ["theirs"]
     pathlib.Path("run/config.json").write_text("{")
+    with pytest.raises(cli.UserError, match=r"the folder run exists already.*--resume run"):
+        main(tiny())
     with pytest.raises(cli.UserError, match="damaged"):
         main(FinetuneConfig(resume=pathlib.Path("run")))
     pathlib.Path("run/config.json").write_text(json.dumps(tiny(seed=3).to_json()))

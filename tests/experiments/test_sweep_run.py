@@ -11,7 +11,7 @@ import threading
 
 import pytest
 
-from experiments import cli, finetune, runner, sweep_run, sweep_worker
+from experiments import finetune, process, runner, sweep_run, sweep_worker
 from experiments.finetune import FinetuneConfig
 from experiments.sweep import Group, Store, collect
 from experiments.sweep_run import run_groups
@@ -100,7 +100,7 @@ def test_an_interrupted_sweep_stops_its_workers_and_goes_on_later(act):
     event = threading.Event()
     thread = threading.Thread(target=interrupt)
     thread.start()
-    with pytest.raises(cli.Interrupted, match="the same command continues the sweep in out"):
+    with pytest.raises(process.Interrupted, match="the same command continues the sweep in out"):
         run_groups([group()], pathlib.Path("out"), 2)
     thread.join()
     result = collect(group(), Store(pathlib.Path("out")))
