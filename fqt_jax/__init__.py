@@ -5,8 +5,6 @@ from fqt_jax import theory as theory
 from fqt_jax.binarize import PackedBits as PackedBits
 from fqt_jax.binarize import binarize as binarize
 from fqt_jax.binarize import weight_scale as weight_scale
-from fqt_jax.chain import Between as Between
-from fqt_jax.chain import run_chain as run_chain
 from fqt_jax.convert import Conversion as Conversion
 from fqt_jax.convert import ConversionTable as ConversionTable
 from fqt_jax.convert import quantize as quantize
@@ -28,3 +26,4 @@ from fqt_jax.recipe import GradientQuantizer as GradientQuantizer
 from fqt_jax.recipe import Recipe as Recipe
 from fqt_jax.recipe import recipe_by_name as recipe_by_name
 from fqt_jax.rounding import stochastic_round as stochastic_round
+from fqt_jax.sequential import Sequential as Sequential

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fqt_jax.functional import RESIDUAL_NAMES
+from fqt_jax.fused.parts import RESIDUAL_NAMES
 from fqt_jax.layers import QuantConv, QuantLinear
 from fqt_jax.norms import RowNorm
 from fqt_jax.pruning import draw
@@ -104,7 +104,7 @@ def batch_gradients(
       y: its labels, ``int[N]``.
       losses_of: the loss.
       remat: keep only what quantized layers name
-        (:data:`fqt_jax.functional.RESIDUAL_NAMES`) and compute the rest again.
+        (:data:`fqt_jax.fused.parts.RESIDUAL_NAMES`) and compute the rest again.
     """
     forward = _differentiable(graphdef, lambda model: None, remat)
 

@@ -147,7 +147,7 @@ def make_train_step(
         of neighbours, so every class then gets its share of the drawn samples; that stays unbiased
         and lowers the noise of their sum. Nothing else depends on the order, up to rounding.
       remat: keep from the forward pass only what quantized layers name, bits and integer sums
-        (:data:`fqt_jax.functional.RESIDUAL_NAMES`), and compute norms and activations again.
+        (:data:`fqt_jax.fused.parts.RESIDUAL_NAMES`), and compute norms and activations again.
 
     Returns:
       ``step(state, images, labels, indices, key) -> (state, loss)``. ``images`` and ``labels`` are

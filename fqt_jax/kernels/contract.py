@@ -108,7 +108,7 @@ class Rounding:
 
 
 class UnsupportedError(ValueError):
-    """An implementation cannot serve a case. The message says why."""
+    """No implementation serves a case. The message says why."""
 
 
 def sum_dtype(n_terms: int) -> jnp.dtype:
@@ -116,10 +116,11 @@ def sum_dtype(n_terms: int) -> jnp.dtype:
     return jnp.dtype(jnp.int16 if n_terms <= 2**15 - 1 else jnp.int32)
 
 
-def check_int32_sums(terms: int, bits: int) -> None:
-    """Raises :class:`UnsupportedError` where a sum of codes may not fit ``int32``."""
-    if terms * ((1 << bits) - 1) >= 2**31:
-        raise UnsupportedError(f"sums over {terms} codes of {bits} bits exceed int32")
+def exceeds_int32(terms: int, bits: int) -> str | None:
+    """Says so where a sum of codes may not fit ``int32``."""
+    if terms * ((1 << bits) - 1) < 2**31:
+        return None
+    return f"sums over {terms} codes of {bits} bits exceed int32"
 
 
 def check_forward(x: PackedBits, w: PackedBits, window: Window) -> None:

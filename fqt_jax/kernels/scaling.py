@@ -61,6 +61,12 @@ def gradient_codes(g: jax.Array, rounding: Rounding) -> jax.Array:
     return round_to_codes(g, lo, scale, rounding.seed, index, rounding.bits)
 
 
+def kept_positions(g: jax.Array, rounding: Rounding) -> int:
+    """Over how many entries of each channel the weight gradient sums."""
+    samples = g.shape[0] if rounding.samples is None else rounding.samples.indices.shape[0]
+    return samples * g.shape[1] * g.shape[2]
+
+
 def take(x: PackedBits, samples: Selection | None) -> PackedBits:
     """The kept samples of ``x``."""
     if samples is None:

@@ -8,25 +8,20 @@ added as ``int32``.
 
 from __future__ import annotations
 
-import math
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from fqt_jax.binarize import PackedBits
-from fqt_jax.kernels.contract import (
-    Pair,
-    Rounding,
-    UnsupportedError,
-    Window,
-    check_int32_sums,
-    sum_dtype,
-)
-from fqt_jax.kernels.float_conv import conv, conv_input_grad, conv_weight_grad
+from fqt_jax.kernels.contract import Pair, Rounding, Window, exceeds_int32, sum_dtype
+from fqt_jax.kernels.xla.float_conv import conv, conv_input_grad, conv_weight_grad
 from fqt_jax.kernels.scaling import (
     code_step,
     gradient_codes,
     input_sign_sums,
+    kept_positions,
     masked,
     per_sample,
     scale_input_grad,
@@ -38,19 +33,18 @@ from fqt_jax.kernels.scaling import (
 
 _EXACT = 2**24
 
-
-def unavailable() -> str | None:
-    """Why this implementation cannot run here; ``None`` when it can."""
-    return None
+Transpose = Callable[[jax.Array, jax.Array], jax.Array]
+"""One of the two transposes of a convolution, of float operands."""
 
 
-def _carrier() -> jnp.dtype:
-    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+def _carrier(platform: str) -> jnp.dtype:
+    return jnp.dtype(jnp.float32 if platform == "cpu" else jnp.bfloat16)
 
 
-def forward(x: PackedBits, w: PackedBits, window: Window) -> jax.Array:
+def forward(x: PackedBits, w: PackedBits, *, window: Window, platform: str) -> jax.Array:
     """See :func:`fqt_jax.kernels.forward`."""
-    z = conv(x.signs(_carrier()), w.signs(_carrier()), window)
+    carrier = _carrier(platform)
+    z = conv(x.signs(carrier), w.signs(carrier), window=window, platform=platform)
     kh, kw, c, _ = w.shape
     return z.astype(sum_dtype(kh * kw * c))
 
@@ -59,80 +53,101 @@ def input_grad(
     g: jax.Array,
     w: PackedBits,
     rounding: Rounding | None,
+    mask: PackedBits | None,
+    *,
     window: Window,
     input_size: Pair,
-    mask: PackedBits | None = None,
-    compact: bool = False,
+    compact: bool,
+    platform: str,
 ) -> jax.Array:
     """See :func:`fqt_jax.kernels.input_grad`."""
+    transpose = functools.partial(
+        conv_input_grad, window=window, input_size=input_size, platform=platform
+    )
     if rounding is None:
-        return masked(conv_input_grad(g, w.signs(jnp.float32), window, input_size), mask)
+        return masked(transpose(g, w.signs(jnp.float32)), mask)
     codes = gradient_codes(g, rounding)
-    sums = _exact_input_grad(codes, w.signs(_carrier()), rounding.bits, window, input_size)
+    sums = _exact_input_grad(codes, w.signs(_carrier(platform)), rounding.bits, transpose)
     sign_sums = input_sign_sums(w, window, input_size)
     return scale_input_grad(sums, sign_sums, rounding, g.shape[0], mask, compact)
 
 
 def weight_grad(
-    g: jax.Array, x: PackedBits, rounding: Rounding | None, window: Window
+    g: jax.Array, x: PackedBits, rounding: Rounding | None, *, window: Window, platform: str
 ) -> jax.Array:
     """See :func:`fqt_jax.kernels.weight_grad`."""
+    transpose = functools.partial(conv_weight_grad, window=window, platform=platform)
     if rounding is None:
-        return conv_weight_grad(x.signs(jnp.float32), g, window)
+        return transpose(x.signs(jnp.float32), g)
     if rounding.groups == "samples":
-        return _emulated_weight_grad(g, x, rounding, window)
+        return _emulated_weight_grad(g, x, rounding, transpose)
     codes = gradient_codes(g, rounding)
     kept = take(x, rounding.samples)
-    signs = kept.signs(_carrier())
+    carrier = _carrier(platform)
+    signs = kept.signs(carrier)
     if rounding.samples is not None:
         # A slot with weight zero is a dropped sample: it must not even meet the zero point.
         signs = jnp.where(per_sample(rounding.samples.weights) == 0, jnp.zeros_like(signs), signs)
-    sums = _exact_weight_grad(signs, codes.astype(_carrier()), rounding.bits, window)
+    sums = _exact_weight_grad(signs, codes.astype(carrier), rounding.bits, transpose)
     sign_sums = weight_sign_sums(kept, rounding.samples, window)
     return scale_weight_grad(sums, sign_sums, rounding, g.shape[3])
 
 
+def declines_weight_grad(
+    g: jax.Array, x: PackedBits, rounding: Rounding | None, *, window: Window
+) -> str | None:
+    """Why a weight gradient is not served."""
+    if rounding is None:
+        return None
+    if rounding.groups == "samples" and rounding.channels is not None:
+        return "groups of samples do not go with pruned channels"
+    return (
+        None
+        if rounding.groups == "samples"
+        else exceeds_int32(kept_positions(g, rounding), rounding.bits)
+    )
+
+
 def _emulated_weight_grad(
-    g: jax.Array, x: PackedBits, rounding: Rounding, window: Window
+    g: jax.Array, x: PackedBits, rounding: Rounding, transpose: Transpose
 ) -> jax.Array:
     """Per-sample scales lie inside the sum over samples, so the product is one of floats."""
-    if rounding.channels is not None:
-        raise UnsupportedError("groups of samples do not go with pruned channels")
     codes = gradient_codes(g, rounding).astype(jnp.float32)
     kept = per_sample(rounding.lo) + codes * per_sample(code_step(rounding))
     if rounding.samples is not None:
         kept = weighted(kept, per_sample(rounding.samples.weights))
-    return conv_weight_grad(take(x, rounding.samples).signs(jnp.float32), kept, window)
+    return transpose(take(x, rounding.samples).signs(jnp.float32), kept)
 
 
 def _exact_input_grad(
-    codes: jax.Array, signs: jax.Array, bits: int, window: Window, input_size: Pair
+    codes: jax.Array, signs: jax.Array, bits: int, transpose: Transpose
 ) -> jax.Array:
     """Integer sums, in parts over the output channels where they could exceed 2^24."""
     codes = codes.astype(signs.dtype)
     terms = signs.shape[0] * signs.shape[1] * ((1 << bits) - 1)
     part = max(1, (_EXACT - 1) // terms)
     sums = [
-        conv_input_grad(codes[..., i : i + part], signs[..., i : i + part], window, input_size)
-        for i in range(0, codes.shape[3], part)
+        transpose(codes[..., i : i + part], signs[..., i : i + part])
+        for i in range(0, max(1, codes.shape[3]), part)
     ]
-    return _add_parts(sums, (codes.shape[0], *input_size, signs.shape[2]))
+    return _add_parts(sums)
 
 
-def _exact_weight_grad(signs: jax.Array, codes: jax.Array, bits: int, window: Window) -> jax.Array:
+def _exact_weight_grad(
+    signs: jax.Array, codes: jax.Array, bits: int, transpose: Transpose
+) -> jax.Array:
     """Integer sums, in parts over the samples where they could exceed 2^24."""
     terms = codes.shape[1] * codes.shape[2] * ((1 << bits) - 1)
-    check_int32_sums(math.prod(codes.shape[:3]), bits)
     part = max(1, (_EXACT - 1) // max(1, terms))
     sums = [
-        conv_weight_grad(signs[i : i + part], codes[i : i + part], window)
-        for i in range(0, codes.shape[0], part)
+        transpose(signs[i : i + part], codes[i : i + part])
+        for i in range(0, max(1, codes.shape[0]), part)
     ]
-    return _add_parts(sums, (*window.size, signs.shape[3], codes.shape[3]))
+    return _add_parts(sums)
 
 
-def _add_parts(parts: list[jax.Array], shape: tuple[int, ...]) -> jax.Array:
-    total = jnp.zeros(shape, jnp.int32)
-    for part in parts:
+def _add_parts(parts: list[jax.Array]) -> jax.Array:
+    total = parts[0].astype(jnp.int32)
+    for part in parts[1:]:
         total = total + part.astype(jnp.int32)
     return total
