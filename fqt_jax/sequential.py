@@ -66,7 +66,7 @@ class Explanation(tuple[Explained, ...]):
 
 
 class Sequential(nnx.Sequential):
-    """Layers in a sequence, like :class:`flax.nnx.Sequential`, in fused form where that is possible.
+    """Layers in a sequence, like :class:`flax.nnx.Sequential`, in fused form where they can be.
 
     Between two integer products no float activation is made, and what waits for the backward pass
     is two bits and one integer sum for each entry (:mod:`fqt_jax.fused.chain`). Runs of these fuse:
@@ -256,8 +256,8 @@ def _run_fused(
     )
     operands = Operands(
         rows,
-        first=None if first is None else first.kernel[...],
-        weights=[Weights(layer.kernel[...], _value(layer.scale)) for layer in products],
+        first=None if first is None else _kernel(first),
+        weights=[Weights(_kernel(layer), _value(layer.scale)) for layer in products],
         params=[
             _params(layers, gap, layer)
             for gap, layer in zip(run.gaps, [None, *products], strict=True)
@@ -287,6 +287,12 @@ def _rows(residual: jax.Array | None, trailing: int) -> jax.Array | None:
     if trailing == 1:
         return residual.reshape(-1, 1, 1, residual.shape[-1])
     return residual.reshape(-1, *residual.shape[-3:])
+
+
+def _kernel(layer: Any) -> jax.Array:
+    """A dense layer is a convolution of one position with a 1x1 window."""
+    kernel = layer.kernel[...]
+    return kernel.reshape(1, 1, *kernel.shape) if isinstance(layer, QuantLinear) else kernel
 
 
 def _value(variable: Any) -> jax.Array | None:

@@ -29,7 +29,7 @@ from jax.ad_checkpoint import checkpoint_name
 from fqt_jax import kernels
 from fqt_jax.fused.float_conv import float_conv
 from fqt_jax.fused.line import line_of, takes_moments, thresholds
-from fqt_jax.fused.parts import Chain, Gap, GapParams, Kept, Operands, Running, Statistics
+from fqt_jax.fused.parts import Chain, Gap, GapParams, Kept, Operands, Statistics
 from fqt_jax.fused.product import encode_weights, finish_weights, product_gradients
 from fqt_jax.kernels import Flow, Line, Moments
 from fqt_jax.sharding import vary, varying_axes, varying_together
@@ -162,8 +162,8 @@ def _run_bwd(chain: Chain, kept: Kept, cotangents: tuple[jax.Array, Any]) -> tup
             # Of two equal computations XLA makes one, whose result it keeps from the forward
             # pass, a barrier between them or not. This one needs the gradient.
             first = jnp.where(jnp.isnan(d[0, 0, 0, 0]), jnp.float32(jnp.nan), first)
-        source, source_vjp = jax.vjp(functools.partial(_source, chain), x, first)
-        g, d_params[0], _, _ = _gap_bwd(chain, kept, 0, source, d, samples)
+        again, source_vjp = jax.vjp(functools.partial(_source, chain), x, first)
+        g, d_params[0], _, _ = _gap_bwd(chain, kept, 0, again, d, samples)
         d_x, d_first = source_vjp(g)
     d_x = d_x.astype(chain.x_dtype)
     no_running = jax.tree.map(jnp.zeros_like, operands.running)

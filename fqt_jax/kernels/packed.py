@@ -88,7 +88,7 @@ def input_grad(
 ) -> jax.Array:
     """See :func:`fqt_jax.kernels.input_grad`."""
     count = functools.partial(_count, platform)
-    kh, kw, c, o = w.shape
+    c = w.shape[2]
     h, width = input_size
     bits = rounding.bits
     codes = gradient_codes(g, rounding)

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 
 from fqt_jax.binarize import PackedBits
 from fqt_jax.kernels.contract import Pair, Rounding, Window, exceeds_int32, sum_dtype
-from fqt_jax.kernels.xla.float_conv import conv, conv_input_grad, conv_weight_grad
 from fqt_jax.kernels.scaling import (
     code_step,
     gradient_codes,
@@ -30,6 +29,7 @@ from fqt_jax.kernels.scaling import (
     weight_sign_sums,
     weighted,
 )
+from fqt_jax.kernels.xla.float_conv import conv, conv_input_grad, conv_weight_grad
 
 _EXACT = 2**24
 
