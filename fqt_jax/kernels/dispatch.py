@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.extend.core
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir, xla
 
 from fqt_jax.kernels.contract import UnsupportedError
 from fqt_jax.sharding import vary, varying_axes
@@ -99,11 +99,16 @@ def check_implementation(name: str | None) -> None:
     """Raises ``ValueError`` for an unknown implementation, or one that is not available here."""
     if name is None:
         return
-    known = implementations()
-    if name not in known:
-        raise ValueError(f"unknown implementation {name!r}; known: {', '.join(known)}.")
-    if known[name] != "available":
-        raise ValueError(f"implementation {name!r} is not available: {known[name]}.")
+    reason = _why_not_here(_implementation(name))
+    if reason is not None:
+        raise ValueError(f"implementation {name!r} is not available: {reason}.")
+
+
+def _implementation(name: str) -> Implementation:
+    if name not in _IMPLEMENTATIONS:
+        known = ", ".join(_IMPLEMENTATIONS)
+        raise ValueError(f"unknown implementation {name!r}; known: {known}.")
+    return _IMPLEMENTATIONS[name]
 
 
 Routes = tuple[tuple[str, str], ...]
@@ -114,13 +119,13 @@ def routes(operation: str, name: str | None, operands: tuple[Any, ...], static: 
     """Which implementation serves a case on which platform.
 
     Raises:
+      ValueError: there is no implementation of this name.
       UnsupportedError: none does on any; the message has each one's reason.
     """
     found: dict[str, str] = {}
     reasons = []
-    for candidate in _IMPLEMENTATIONS.values():
-        if name not in (None, candidate.name):
-            continue
+    candidates = _IMPLEMENTATIONS.values() if name is None else [_implementation(name)]
+    for candidate in candidates:
         reason = candidate.unavailable()
         if reason is None:
             kernel = candidate.kernels.get(operation)
@@ -157,10 +162,10 @@ def dispatch(
       The results, a pytree like ``types``.
 
     Raises:
-      ValueError: the implementation is unknown or not available here.
-      UnsupportedError: no implementation serves the case.
+      ValueError: the implementation is unknown.
+      UnsupportedError: no implementation serves the case. Where one does, but not on the platform
+        that the program is compiled for, it is raised then.
     """
-    check_implementation(implementation)
     leaves, operands_tree = jax.tree.flatten(operands)
     outs, outs_tree = jax.tree.flatten(types)
     results = _operation_p.bind(
@@ -169,7 +174,7 @@ def dispatch(
         operands_tree=operands_tree,
         static=tuple(sorted(static.items())),
         routes=routes(operation, implementation, operands, static),
-        types=tuple((out.shape, jax.numpy.dtype(out.dtype)) for out in outs),
+        types=tuple((out.shape, jax.dtypes.canonicalize_dtype(out.dtype)) for out in outs),
         mapped=(),
     )
     # A primitive's types say nothing of the axes of a shard_map: what comes from shards varies.
@@ -180,17 +185,9 @@ _operation_p = jax.extend.core.Primitive("fqt_operation")
 _operation_p.multiple_results = True
 
 
-@functools.lru_cache(maxsize=1024)
-def _compiled(params: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
-    def fqt_operation(*leaves: jax.Array) -> Any:
-        return _operation_p.bind(*leaves, **dict(params))
-
-    return jax.jit(fqt_operation)
-
-
-@_operation_p.def_impl
-def _eagerly(*leaves: jax.Array, **params: Any) -> Any:
-    return _compiled(tuple(sorted(params.items())))(*leaves)
+# A call outside of jit compiles a program of this one operation, as any other primitive's does. It
+# stays one under jax.disable_jit, and where jax.debug_nans looks for the origin of a NaN.
+_operation_p.def_impl(functools.partial(xla.apply_primitive, _operation_p))
 
 
 @_operation_p.def_abstract_eval
@@ -200,17 +197,24 @@ def _result_types(*_: Any, types: Any, **__: Any) -> Any:
 
 def _batched(leaves: Any, axes: Any, *, types: Any, mapped: Any, **params: Any) -> Any:
     size = next(
-        leaf.shape[axis]
-        for leaf, axis in zip(leaves, axes, strict=True)
-        if axis is not batching.not_mapped
+        leaf.shape[axis] for leaf, axis in zip(leaves, axes, strict=True) if axis is not None
     )
-    axes = tuple(None if axis is batching.not_mapped else axis for axis in axes)
     types = tuple(((size, *shape), dtype) for shape, dtype in types)
-    results = _operation_p.bind(*leaves, types=types, mapped=(*mapped, axes), **params)
+    results = _operation_p.bind(*leaves, types=types, mapped=(*mapped, tuple(axes)), **params)
     return results, [0] * len(results)
 
 
 batching.primitive_batchers[_operation_p] = _batched
+
+
+def _not_differentiable(*_: Any, operation: str, **__: Any) -> Any:
+    raise NotImplementedError(
+        f"the kernel {operation} has no derivative of its own; fqt_jax's layers and functions "
+        "have one, once and in reverse mode."
+    )
+
+
+ad.primitive_jvps[_operation_p] = _not_differentiable
 
 
 def _lowered(
@@ -224,7 +228,6 @@ def _lowered(
     types: Any,
     mapped: Any,
 ) -> Any:
-    del types
     name = dict(routes).get(platform)
     if name is None:
         served = _listed(tuple(platform for platform, _ in routes))
@@ -241,9 +244,17 @@ def _lowered(
 
     for axes in mapped:
         run = jax.vmap(run, in_axes=axes)
+
+    def checked(*leaves: jax.Array) -> Any:
+        results = run(*leaves)
+        found = tuple((result.shape, result.dtype) for result in results)
+        if found != types:
+            raise TypeError(f"{name}'s {operation} makes {found} where {types} was promised.")
+        return results
+
     # Inside, no axis of a shard_map is known.
     plain = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
-    return mlir.lower_fun(run, multiple_results=True)(ctx.replace(avals_in=plain), *leaves)
+    return mlir.lower_fun(checked, multiple_results=True)(ctx.replace(avals_in=plain), *leaves)
 
 
 for _name in PLATFORMS:

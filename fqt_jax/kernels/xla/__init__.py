@@ -7,7 +7,7 @@ IMPLEMENTATION = Implementation(
     "xla",
     {
         "forward": Kernel(products.forward),
-        "input_grad": Kernel(products.input_grad),
+        "input_grad": Kernel(products.input_grad, products.declines_input_grad),
         "weight_grad": Kernel(products.weight_grad, products.declines_weight_grad),
         "moments": Kernel(transforms.moments),
         "encode": Kernel(transforms.encode),

@@ -9,7 +9,9 @@ added as ``int32``.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -83,29 +85,43 @@ def weight_grad(
         return _emulated_weight_grad(g, x, rounding, transpose)
     codes = gradient_codes(g, rounding)
     kept = take(x, rounding.samples)
-    carrier = _carrier(platform)
-    signs = kept.signs(carrier)
+    signs = kept.signs(_carrier(platform))
     if rounding.samples is not None:
         # A slot with weight zero is a dropped sample: it must not even meet the zero point.
         signs = jnp.where(per_sample(rounding.samples.weights) == 0, jnp.zeros_like(signs), signs)
-    sums = _exact_weight_grad(signs, codes.astype(carrier), rounding.bits, transpose)
+    sums = _exact_weight_grad(signs, codes, rounding.bits, transpose)
     sign_sums = weight_sign_sums(kept, rounding.samples, window)
     return scale_weight_grad(sums, sign_sums, rounding, g.shape[3])
 
 
+def declines_input_grad(
+    g: jax.Array, w: PackedBits, rounding: Rounding | None, mask: Any, *, window: Window, **_: Any
+) -> str | None:
+    """Why an input gradient is not served."""
+    if rounding is None:
+        return None
+    taps = math.prod(window.size)
+    return _exceeds_exact(taps * ((1 << rounding.bits) - 1)) or exceeds_int32(
+        taps * w.shape[3], rounding.bits
+    )
+
+
 def declines_weight_grad(
-    g: jax.Array, x: PackedBits, rounding: Rounding | None, *, window: Window
+    g: jax.Array, x: PackedBits, rounding: Rounding | None, **_: Any
 ) -> str | None:
     """Why a weight gradient is not served."""
     if rounding is None:
         return None
-    if rounding.groups == "samples" and rounding.channels is not None:
-        return "groups of samples do not go with pruned channels"
-    return (
-        None
-        if rounding.groups == "samples"
-        else exceeds_int32(kept_positions(g, rounding), rounding.bits)
+    if rounding.groups == "samples":
+        pruned = "groups of samples do not go with pruned channels"
+        return None if rounding.channels is None else pruned
+    return _exceeds_exact(g.shape[1] * g.shape[2]) or exceeds_int32(
+        kept_positions(g, rounding), rounding.bits
     )
+
+
+def _exceeds_exact(largest: int) -> str | None:
+    return None if largest < _EXACT else "sums that cannot be cut into parts exceed 2^24"
 
 
 def _emulated_weight_grad(
@@ -136,8 +152,19 @@ def _exact_input_grad(
 def _exact_weight_grad(
     signs: jax.Array, codes: jax.Array, bits: int, transpose: Transpose
 ) -> jax.Array:
-    """Integer sums, in parts over the samples where they could exceed 2^24."""
+    """Integer sums, in parts over the samples where they could exceed 2^24.
+
+    Where those of one sample could, the high and the low bits of its codes are summed apart.
+    """
     terms = codes.shape[1] * codes.shape[2] * ((1 << bits) - 1)
+    if terms >= _EXACT and bits > 1:
+        low = bits // 2
+        sums = [
+            _exact_weight_grad(signs, part, width, transpose)
+            for part, width in ((codes >> low, bits - low), (codes & ((1 << low) - 1), low))
+        ]
+        return (sums[0] << low) + sums[1]
+    codes = codes.astype(signs.dtype)
     part = max(1, (_EXACT - 1) // max(1, terms))
     sums = [
         transpose(signs[i : i + part], codes[i : i + part])
