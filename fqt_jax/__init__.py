@@ -8,8 +8,6 @@ from fqt_jax import training as training
 from fqt_jax.binarize import PackedBits as PackedBits
 from fqt_jax.binarize import binarize as binarize
 from fqt_jax.binarize import weight_scale as weight_scale
-from fqt_jax.chain import Between as Between
-from fqt_jax.chain import run_chain as run_chain
 from fqt_jax.convert import Conversion as Conversion
 from fqt_jax.convert import ConversionTable as ConversionTable
 from fqt_jax.convert import quantize as quantize
@@ -33,3 +31,4 @@ from fqt_jax.samplers import SAMPLERS as SAMPLERS
 from fqt_jax.samplers import Sampler as Sampler
 from fqt_jax.samplers import Selection as Selection
 from fqt_jax.samplers import keep_probabilities as keep_probabilities
+from fqt_jax.sequential import Sequential as Sequential

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fqt_jax.binarize import weight_scale
-from fqt_jax.functional import Padding, conv, dense
+from fqt_jax.functional import conv, dense
 from fqt_jax.kernels import check_implementation
 from fqt_jax.recipe import FQT1, Recipe
+from fqt_jax.windows import Padding
 
 Initializer = Callable[..., jax.Array]
 
@@ -124,13 +125,17 @@ class QuantConv(_QuantLayer):
         self.strides = strides if isinstance(strides, int) else (strides[0], strides[-1])
         self.padding = padding
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Applies the layer to ``x[..., H, W, C]``; all leading axes together are the batch."""
+    def __call__(self, x: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """Applies the layer to ``x[..., H, W, C]``; all leading axes together are the batch.
+
+        ``out_sharding`` lays the output out over a mesh of explicit axes, as for
+        :class:`flax.nnx.Conv`.
+        """
         batch = x.shape[:-3]
         x = x.reshape(-1, *x.shape[-3:])
         kernel = self.kernel[...]
         y = conv(x, kernel, strides=self.strides, padding=self.padding, **self._operands())
-        return y.reshape(*batch, *y.shape[1:])
+        return _laid_out(y.reshape(*batch, *y.shape[1:]), out_sharding)
 
 
 class QuantLinear(_QuantLayer):
@@ -170,6 +175,14 @@ class QuantLinear(_QuantLayer):
             rngs=rngs,
         )
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Applies the layer to ``x[..., C]``."""
-        return dense(x, self.kernel[...], **self._operands())
+    def __call__(self, x: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """Applies the layer to ``x[..., C]``.
+
+        ``out_sharding`` lays the output out over a mesh of explicit axes, as for
+        :class:`flax.nnx.Linear`.
+        """
+        return _laid_out(dense(x, self.kernel[...], **self._operands()), out_sharding)
+
+
+def _laid_out(y: jax.Array, out_sharding: Any) -> jax.Array:
+    return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)

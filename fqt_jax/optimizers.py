@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fqt_jax.kernels import native
+from fqt_jax import kernels
 from fqt_jax.tree import leaf_name
 
 
@@ -183,9 +183,8 @@ def scale_by_adam(
        u = \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
 
     (Kingma and Ba, arXiv 1412.6980.) XLA's CPU compiler makes several loops of these and copies
-    the moments between them, which costs a seventh of a binary network's whole step. Where the
-    native kernels are available and all arrays are ``float32`` and not empty, one loop of theirs
-    updates each in place; otherwise Optax's own does it all. The two differ by rounding.
+    the moments between them, which costs a seventh of a binary network's whole step. One loop of
+    the native kernels updates each in place. The two differ by rounding.
 
     Args:
       b1: decay of the first moment.
@@ -206,19 +205,13 @@ def scale_by_adam(
     plain = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
-        is_fast = native.unavailable() is None and all(
-            leaf.dtype == jnp.float32 and leaf.size > 0
-            for leaf in jax.tree.leaves((updates, state.mu, state.nu))
-        )
-        if not is_fast:
-            return plain.update(updates, state, params)
         count = optax.safe_increment(state.count)
         inverse1, inverse2 = (1 / (1 - jnp.float32(decay) ** count) for decay in (b1, b2))
         numbers = (1 - b1, b1, 1 - b2, b2, inverse1, inverse2, eps)
         factors = jnp.stack([jnp.asarray(number, jnp.float32) for number in numbers])
         grads, treedef = jax.tree.flatten(updates)
         moments = (jax.tree.leaves(state.mu), jax.tree.leaves(state.nu))
-        results = [native.adam(*each, factors) for each in zip(grads, *moments, strict=True)]
+        results = [kernels.adam(*each, factors) for each in zip(grads, *moments, strict=True)]
         direction, mu, nu = (jax.tree.unflatten(treedef, [r[i] for r in results]) for i in range(3))
         return direction, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
 

@@ -81,6 +81,21 @@ def test_the_learned_scale_is_a_parameter_that_starts_at_the_mean_of_the_weights
     np.testing.assert_array_equal(grads["scale"][...], 4 * signs.sum(0))
 
 
+@pytest.mark.usefixtures("relaxed_promotion")
+def test_outputs_are_laid_out_as_those_of_flax():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    spec = jax.sharding.PartitionSpec("data")
+    rngs = nnx.Rngs(0)
+    with jax.sharding.set_mesh(mesh):
+        for ours, theirs, shape in (
+            (fqt.QuantLinear(6, 3, rngs=rngs), nnx.Linear(6, 3, rngs=rngs), (8, 6)),
+            (fqt.QuantConv(6, 3, 3, rngs=rngs), nnx.Conv(6, 3, (3, 3), rngs=rngs), (8, 4, 4, 6)),
+        ):
+            x = jnp.ones(shape)
+            expected = jax.typeof(theirs(x, out_sharding=spec))
+            assert jax.typeof(ours(x, out_sharding=spec)) == expected
+
+
 def test_recipes_without_randomness_keep_no_stream():
     assert not nnx.state(fqt.QuantLinear(2, 2, recipe=fqt.QAT, rngs=nnx.Rngs(0)), nnx.RngState)
 

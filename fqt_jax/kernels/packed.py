@@ -18,24 +18,22 @@ that no operand of the contraction is ever unpacked to floats as a whole.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from fqt_jax.binarize import PackedBits
-from fqt_jax.kernels.contract import (
-    Pair,
-    Rounding,
-    UnsupportedError,
-    Window,
-    check_int32_sums,
-    sum_dtype,
-)
+from fqt_jax.kernels.contract import Pair, Rounding, Window, exceeds_int32, sum_dtype
+from fqt_jax.kernels.dispatch import Implementation, Kernel
 from fqt_jax.kernels.scaling import (
     gradient_codes,
     input_sign_sums,
+    kept_positions,
     per_sample,
     scale_input_grad,
     scale_weight_grad,
@@ -43,19 +41,16 @@ from fqt_jax.kernels.scaling import (
     tap_validity,
     weight_sign_sums,
 )
+from fqt_jax.kernels.xla import IMPLEMENTATION as XLA
 
 _CHUNK = 24  # bytes whose counts fit one byte: 8 * 24 < 256; divides every 3x3 window of 64 n
 _WORD_CHUNK = 18  # words; divides every 3x3 window of 64 n
 _BLOCK = 2**17  # entries of the output that are computed at once
 
 
-def unavailable() -> str | None:
-    """Why this implementation cannot run here; ``None`` when it can."""
-    return None
-
-
-def forward(x: PackedBits, w: PackedBits, window: Window) -> jax.Array:
+def forward(x: PackedBits, w: PackedBits, *, window: Window, platform: str) -> jax.Array:
     """See :func:`fqt_jax.kernels.forward`."""
+    count = functools.partial(_count, platform)
     kh, kw, c, o = w.shape
     size = (x.shape[0], x.shape[1])
     out_h, out_w = window.output_size(size)
@@ -73,7 +68,7 @@ def forward(x: PackedBits, w: PackedBits, window: Window) -> jax.Array:
 
     def sample(bits: jax.Array) -> jax.Array:
         taps = tap_columns(bits, window, (out_h, out_w))
-        differing = _count(jnp.bitwise_xor, taps.reshape(out_h * out_w, -1), columns)
+        differing = count(jnp.bitwise_xor, taps.reshape(out_h * out_w, -1), columns)
         differing = differing.reshape(out_h, out_w, o)
         return (jnp.int32(kh * kw * c) - 2 * differing + outside).astype(dtype)
 
@@ -83,19 +78,19 @@ def forward(x: PackedBits, w: PackedBits, window: Window) -> jax.Array:
 def input_grad(
     g: jax.Array,
     w: PackedBits,
-    rounding: Rounding | None,
+    rounding: Rounding,
+    mask: PackedBits | None,
+    *,
     window: Window,
     input_size: Pair,
-    mask: PackedBits | None = None,
-    compact: bool = False,
+    compact: bool,
+    platform: str,
 ) -> jax.Array:
     """See :func:`fqt_jax.kernels.input_grad`."""
-    if rounding is None:
-        raise UnsupportedError("a gradient that is not rounded has no bit planes")
-    kh, kw, c, o = w.shape
+    count = functools.partial(_count, platform)
+    c = w.shape[2]
     h, width = input_size
     bits = rounding.bits
-    check_int32_sums(kh * kw * o, bits)
     codes = gradient_codes(g, rounding)
     sign_sums = input_sign_sums(w, window, input_size)
     if codes.size == 0 or c == 0:
@@ -111,7 +106,7 @@ def input_grad(
         taps = jax.vmap(lambda a: tap_columns(spread(a, window, input_size), flipped, input_size))(
             planes
         )
-        counts = _count(jnp.bitwise_and, taps.reshape(bits * h * width, -1), columns)
+        counts = count(jnp.bitwise_and, taps.reshape(bits * h * width, -1), columns)
         both = _weigh_planes(counts.reshape(bits, h, width, c))
         totals = jnp.sum(codes, axis=2, keepdims=True, dtype=jnp.int32)
         totals = tap_columns(spread(totals, window, input_size), flipped, input_size)
@@ -122,17 +117,13 @@ def input_grad(
 
 
 def weight_grad(
-    g: jax.Array, x: PackedBits, rounding: Rounding | None, window: Window
+    g: jax.Array, x: PackedBits, rounding: Rounding, *, window: Window, platform: str
 ) -> jax.Array:
     """See :func:`fqt_jax.kernels.weight_grad`."""
-    if rounding is None:
-        raise UnsupportedError("a gradient that is not rounded has no bit planes")
-    if rounding.groups == "samples":
-        raise UnsupportedError("the scale of a group of samples lies inside the sum")
+    count = functools.partial(_count, platform)
     (h, width, c), (kh, kw), bits = x.shape, window.size, rounding.bits
     codes = gradient_codes(g, rounding)
     kept = take(x, rounding.samples)
-    check_int32_sums(codes.shape[0] * codes.shape[1] * codes.shape[2], bits)
     sign_sums = weight_sign_sums(kept, rounding.samples, window)
     if codes.size == 0 or c == 0:
         sums = jnp.zeros((kh, kw, c, codes.shape[3]), jnp.int32)
@@ -160,7 +151,7 @@ def weight_grad(
         taps = [rows[:, :, j : j + last : across].reshape(-1, c) for j in range(kw)]
         packed = jnp.concatenate([pack_bytes(tap, axis=0) for tap in taps], axis=1)
         counts = lax.map(
-            lambda row: _count(jnp.bitwise_and, row[None], columns)[0],
+            lambda row: count(jnp.bitwise_and, row[None], columns)[0],
             packed.T,
             batch_size=_block(bits * o),
         )
@@ -217,11 +208,11 @@ def spread(a: jax.Array, window: Window, input_size: Pair) -> jax.Array:
 
 
 def _count(
-    meet: Callable[[jax.Array, jax.Array], jax.Array], a: jax.Array, b: jax.Array
+    platform: str, meet: Callable[[jax.Array, jax.Array], jax.Array], a: jax.Array, b: jax.Array
 ) -> jax.Array:
     """``sum_k popcount(meet(a[m, k], b[k, n]))`` as ``int32[m, n]``."""
     limit = _CHUNK
-    if _counts_words():
+    if platform != "cpu":
         a, b, limit = _words(a), _words(b.T).T, _WORD_CHUNK
     size = a.shape[1]
     chunk = min(limit, size)
@@ -238,13 +229,8 @@ def _count(
         # Widening in the same loop would leave a quarter of the lanes.
         return total + lax.optimization_barrier(count).astype(jnp.int32), None
 
-    # Typed by the operands, so that the axes they vary over under shard_map survive.
-    zeros = jnp.zeros((), jnp.int32) * (a[0, :, :1] & b[0, :1]).astype(jnp.int32)
+    zeros = jnp.zeros((a.shape[1], b.shape[2]), jnp.int32)
     return lax.scan(add, zeros, (a, b))[0]
-
-
-def _counts_words() -> bool:
-    return jax.default_backend() != "cpu"
 
 
 def _words(a: jax.Array) -> jax.Array:
@@ -262,3 +248,34 @@ def _weigh_planes(counts: jax.Array) -> jax.Array:
 def _block(entries: int) -> int:
     """How many samples of ``entries`` entries make a block."""
     return max(1, _BLOCK // entries)
+
+
+def declines_input_grad(
+    g: jax.Array, w: PackedBits, rounding: Rounding | None, mask: Any, *, window: Window, **_: Any
+) -> str | None:
+    """Why an input gradient is not served."""
+    if rounding is None:
+        return "a gradient that is not rounded has no bit planes"
+    return exceeds_int32(math.prod(window.size) * w.shape[3], rounding.bits)
+
+
+def declines_weight_grad(
+    g: jax.Array, x: PackedBits, rounding: Rounding | None, **_: Any
+) -> str | None:
+    """Why a weight gradient is not served."""
+    if rounding is None:
+        return "a gradient that is not rounded has no bit planes"
+    if rounding.groups == "samples":
+        return "the scale of a group of samples lies inside the sum"
+    return exceeds_int32(kept_positions(g, rounding), rounding.bits)
+
+
+IMPLEMENTATION = Implementation(
+    "packed",
+    {
+        **XLA.kernels,
+        "forward": Kernel(forward),
+        "input_grad": Kernel(input_grad, declines_input_grad),
+        "weight_grad": Kernel(weight_grad, declines_weight_grad),
+    },
+)

@@ -14,6 +14,7 @@ variable ``FQT_JAX_PALLAS_INTERPRET`` is ``1``.
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -24,14 +25,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from fqt_jax.binarize import PackedBits
-from fqt_jax.kernels.contract import (
-    Pair,
-    Rounding,
-    UnsupportedError,
-    Window,
-    check_int32_sums,
-    sum_dtype,
-)
+from fqt_jax.kernels.contract import Pair, Rounding, Window, exceeds_int32, sum_dtype
+from fqt_jax.kernels.dispatch import Implementation, Kernel
 from fqt_jax.kernels.packed import channel_bytes, pack_bytes, spread, tap_columns
 from fqt_jax.kernels.pallas_tiles import (
     Plan,
@@ -43,37 +38,33 @@ from fqt_jax.kernels.scaling import (
     code_grid,
     gradient_codes,
     input_sign_sums,
+    kept_positions,
     per_sample,
     scale_input_grad,
     scale_weight_grad,
     take,
     weight_sign_sums,
 )
+from fqt_jax.kernels.xla import IMPLEMENTATION as XLA
 
 _INTERPRET = "FQT_JAX_PALLAS_INTERPRET"
 _PROGRAMS = 512  # that many at least keep a GPU busy in the weight gradient
 _SPLIT = 2048  # positions of one program of the weight gradient, at most on a TPU
 
 
-def unavailable() -> str | None:
-    """Why this implementation cannot run here; ``None`` when it can."""
-    backend = jax.default_backend()
-    if backend in ("gpu", "tpu") or _interpreted():
-        return None
-    return f"Pallas kernels need a GPU or TPU, not {backend} (for tests, set {_INTERPRET}=1)"
+def platforms() -> tuple[str, ...]:
+    """Where the kernels run now."""
+    return ("cuda", "rocm", "tpu", "cpu") if _interpreted() else ("cuda", "rocm", "tpu")
 
 
 def _interpreted() -> bool:
-    return jax.default_backend() == "cpu" and os.environ.get(_INTERPRET) == "1"
+    return os.environ.get(_INTERPRET) == "1"
 
 
-def _target() -> str:
-    """The machine that kernels are laid out for."""
-    return "tpu" if jax.default_backend() == "tpu" else "gpu"
-
-
-def _plan(window: Window, input_size: Pair, n: int, c: int, o: int, bits: int = 1) -> Plan:
-    laid_out = _target() == "tpu"
+def _plan(
+    platform: str, window: Window, input_size: Pair, n: int, c: int, o: int, bits: int = 1
+) -> Plan:
+    laid_out = platform == "tpu"
     return Plan(window, input_size, n, c, o, bits, 128 if laid_out else 32, laid_out)
 
 
@@ -107,27 +98,22 @@ def _call(
     shape, dtype, out_spec = out
     arrays = [array for array, _ in operands]
 
-    def like_operands(*arrays: jax.Array) -> jax.Array:
-        one = sum((a.reshape(-1)[0].astype(dtype) for a in arrays), jnp.zeros((), dtype))
-        return jnp.broadcast_to(one, shape)
-
     return pl.pallas_call(
         functools.partial(kernel, plan=plan, carrier=_carrier(plan)),
         grid=grid,
         in_specs=[spec for _, spec in operands],
         out_specs=out_spec,
-        # Its type varies over the axes of a shard_map that the operands vary over.
-        out_shape=jax.eval_shape(like_operands, *arrays),
+        out_shape=jax.ShapeDtypeStruct(shape, dtype),
         compiler_params=None if plan.laid_out else triton.CompilerParams(),
         interpret=_interpreted(),
     )(*arrays)
 
 
-def forward(x: PackedBits, w: PackedBits, window: Window) -> jax.Array:
+def forward(x: PackedBits, w: PackedBits, *, window: Window, platform: str) -> jax.Array:
     """See :func:`fqt_jax.kernels.forward`."""
     (h, width, c), (kh, kw, _, o) = x.shape, w.shape
     n = x.words.shape[0]
-    plan = _plan(window, (h, width), n, c, o)
+    plan = _plan(platform, window, (h, width), n, c, o)
     positions = n * plan.output_size[0] * plan.output_size[1]
     dtype = sum_dtype(kh * kw * c)
     if positions * c * o == 0:
@@ -160,19 +146,18 @@ def forward(x: PackedBits, w: PackedBits, window: Window) -> jax.Array:
 def input_grad(
     g: jax.Array,
     w: PackedBits,
-    rounding: Rounding | None,
+    rounding: Rounding,
+    mask: PackedBits | None,
+    *,
     window: Window,
     input_size: Pair,
-    mask: PackedBits | None = None,
-    compact: bool = False,
+    compact: bool,
+    platform: str,
 ) -> jax.Array:
     """See :func:`fqt_jax.kernels.input_grad`."""
-    if rounding is None:
-        raise UnsupportedError("a gradient that is not rounded is a product of floats")
-    kh, kw, c, o = w.shape
+    _, _, c, o = w.shape
     n = rounding.lo.shape[0]
-    plan = _plan(window, input_size, n, c, o, rounding.bits)
-    check_int32_sums(kh * kw * o, rounding.bits)
+    plan = _plan(platform, window, input_size, n, c, o, rounding.bits)
     positions = n * input_size[0] * input_size[1]
     sign_sums = input_sign_sums(w, window, input_size)
     if positions * c * o == 0:
@@ -214,20 +199,15 @@ def input_grad(
 
 
 def weight_grad(
-    g: jax.Array, x: PackedBits, rounding: Rounding | None, window: Window
+    g: jax.Array, x: PackedBits, rounding: Rounding, *, window: Window, platform: str
 ) -> jax.Array:
     """See :func:`fqt_jax.kernels.weight_grad`."""
-    if rounding is None:
-        raise UnsupportedError("a gradient that is not rounded is a product of floats")
-    if rounding.groups == "samples":
-        raise UnsupportedError("the scale of a group of samples lies inside the sum")
     (h, width, c), (kh, kw) = x.shape, window.size
     samples, channels = rounding.samples, rounding.channels
     kept = take(x, samples)
     n, o = kept.words.shape[0], rounding.lo.shape[0]
-    plan = _plan(window, (h, width), n, c, o, rounding.bits)
+    plan = _plan(platform, window, (h, width), n, c, o, rounding.bits)
     positions = n * plan.output_size[0] * plan.output_size[1]
-    check_int32_sums(positions, rounding.bits)
     sign_sums = weight_sign_sums(kept, samples, window)
     if positions * c * o == 0:
         return scale_weight_grad(
@@ -274,3 +254,35 @@ def weight_grad(
     total = jnp.sum(sums, axis=0)[:, :n_rows, :o].reshape(8, kh, kw, plan.n_bytes, o)
     total = total.transpose(1, 2, 3, 0, 4).reshape(kh, kw, plan.n_bytes * 8, o)[:, :, :c]
     return scale_weight_grad(total, sign_sums, rounding, g.shape[3])
+
+
+def declines_input_grad(
+    g: jax.Array, w: PackedBits, rounding: Rounding | None, mask: Any, *, window: Window, **_: Any
+) -> str | None:
+    """Why an input gradient is not served."""
+    if rounding is None:
+        return "a gradient that is not rounded is a product of floats"
+    return exceeds_int32(math.prod(window.size) * w.shape[3], rounding.bits)
+
+
+def declines_weight_grad(
+    g: jax.Array, x: PackedBits, rounding: Rounding | None, **_: Any
+) -> str | None:
+    """Why a weight gradient is not served."""
+    if rounding is None:
+        return "a gradient that is not rounded is a product of floats"
+    if rounding.groups == "samples":
+        return "the scale of a group of samples lies inside the sum"
+    return exceeds_int32(kept_positions(g, rounding), rounding.bits)
+
+
+IMPLEMENTATION = Implementation(
+    "pallas",
+    {
+        **XLA.kernels,
+        "forward": Kernel(forward),
+        "input_grad": Kernel(input_grad, declines_input_grad),
+        "weight_grad": Kernel(weight_grad, declines_weight_grad),
+    },
+    platforms,
+)

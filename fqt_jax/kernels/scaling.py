@@ -16,8 +16,8 @@ from jax import lax
 
 from fqt_jax.binarize import PackedBits
 from fqt_jax.kernels.contract import Pair, Rounding, Window
-from fqt_jax.pruning import Selection
 from fqt_jax.rounding import code_scale, flat_index, round_to_codes
+from fqt_jax.samplers import Selection
 
 
 def per_sample(a: jax.Array) -> jax.Array:
@@ -59,6 +59,12 @@ def gradient_codes(g: jax.Array, rounding: Rounding) -> jax.Array:
         g, index = (jnp.take(a, rounding.channels.indices, axis=3, mode="clip") for a in (g, index))
     lo, scale = code_grid(rounding)
     return round_to_codes(g, lo, scale, rounding.seed, index, rounding.bits)
+
+
+def kept_positions(g: jax.Array, rounding: Rounding) -> int:
+    """Over how many entries of each channel the weight gradient sums."""
+    samples = g.shape[0] if rounding.samples is None else rounding.samples.indices.shape[0]
+    return samples * g.shape[1] * g.shape[2]
 
 
 def take(x: PackedBits, samples: Selection | None) -> PackedBits:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fqt_jax.chain import Between, run_chain
 from fqt_jax.models.common import avg_pool, scaled
+from fqt_jax.sequential import Sequential
 
 
 class ResNet(nnx.Module):
@@ -52,19 +53,23 @@ class ResNet(nnx.Module):
             raise ValueError(f"stem must be 'small' or 'imagenet'; got {stem!r}.")
         channels = scaled(64, width)
         size, stride = (3, 1) if stem == "small" else (7, 2)
-        padding = size // 2
-        self.stem_pool = stem == "imagenet"
-        self.stem = nnx.Conv(
-            in_features,
-            channels,
-            (size, size),
-            stride,
-            padding=padding,
-            use_bias=False,
-            rngs=rngs,
-        )
-        self.stem_norm = nnx.BatchNorm(channels, momentum=0.9, rngs=rngs)
-        self.stem_act = nnx.PReLU(0.25)
+        layers: list[Any] = [
+            nnx.Conv(
+                in_features,
+                channels,
+                (size, size),
+                stride,
+                padding=size // 2,
+                use_bias=False,
+                rngs=rngs,
+            ),
+            nnx.BatchNorm(channels, momentum=0.9, rngs=rngs),
+            nnx.PReLU(0.25),
+        ]
+        if stem == "imagenet":
+            pool = {"window_shape": (3, 3), "strides": (2, 2), "padding": ((1, 1), (1, 1))}
+            layers.append(functools.partial(nnx.max_pool, **pool))
+        self.stem = Sequential(*layers)
         self.blocks = nnx.List()
         for stage, depth in enumerate(depths):
             out_features = scaled(64 * 2**stage, width)
@@ -76,9 +81,7 @@ class ResNet(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps images ``[N, H, W, C]`` to logits ``[N, num_classes]``."""
-        x = run_chain(x, (Between(), Between(self.stem_norm, self.stem_act)), (self.stem,))
-        if self.stem_pool:
-            x = nnx.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        x = self.stem(x)
         for block in self.blocks:
             x = block(x)
         return self.head(jnp.mean(x, axis=(1, 2)))
@@ -86,42 +89,38 @@ class ResNet(nnx.Module):
 
 class _Block(nnx.Module):
     def __init__(self, in_features: int, out_features: int, stride: int, *, rngs: nnx.Rngs):
-        def conv(inputs: int, strides: int) -> nnx.Conv:
+        def norm(features: int) -> nnx.BatchNorm:
+            return nnx.BatchNorm(features, momentum=0.9, rngs=rngs)
+
+        def conv(inputs: int, size: int, strides: int = 1) -> nnx.Conv:
+            padding = size // 2
             return nnx.Conv(
-                inputs, out_features, (3, 3), strides, padding=1, use_bias=False, rngs=rngs
+                inputs,
+                out_features,
+                (size, size),
+                strides,
+                padding=padding,
+                use_bias=False,
+                rngs=rngs,
             )
 
-        self.norm1 = nnx.BatchNorm(in_features, momentum=0.9, rngs=rngs)
-        self.conv1 = conv(in_features, stride)
-        self.act1 = nnx.PReLU(0.25)
-        self.norm2 = nnx.BatchNorm(out_features, momentum=0.9, rngs=rngs)
-        self.conv2 = conv(out_features, 1)
-        self.act2 = nnx.PReLU(0.25)
-        reshapes = stride != 1 or in_features != out_features
-        self.shortcut = (
-            _Shortcut(in_features, out_features, stride, rngs=rngs) if reshapes else None
+        self.body = Sequential(
+            norm(in_features),
+            conv(in_features, 3, stride),
+            nnx.PReLU(0.25),
+            norm(out_features),
+            conv(out_features, 3),
+            nnx.PReLU(0.25),
         )
+        shortcut: list[Any] = []
+        if stride > 1:
+            shortcut.append(functools.partial(avg_pool, size=stride))
+        if stride > 1 or in_features != out_features:
+            shortcut += [conv(in_features, 1), norm(out_features)]
+        self.shortcut = Sequential(*shortcut)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        betweens = (
-            Between(self.norm1),
-            Between(self.norm2, self.act1, order="act_norm"),
-            Between(act=self.act2),
-        )
-        residual = x if self.shortcut is None else self.shortcut(x)
-        return run_chain(x, betweens, (self.conv1, self.conv2), residual=residual)
-
-
-class _Shortcut(nnx.Module):
-    def __init__(self, in_features: int, out_features: int, stride: int, *, rngs: nnx.Rngs):
-        self.stride = stride
-        self.conv = nnx.Conv(in_features, out_features, (1, 1), use_bias=False, rngs=rngs)
-        self.norm = nnx.BatchNorm(out_features, momentum=0.9, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        if self.stride > 1:
-            x = avg_pool(x, self.stride)
-        return run_chain(x, (Between(), Between(self.norm)), (self.conv,))
+        return self.body(x, residual=self.shortcut(x))
 
 
 ResNet18 = functools.partial(ResNet, (2, 2, 2, 2))

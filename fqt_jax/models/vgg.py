@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fqt_jax.chain import Between, run_chain
 from fqt_jax.models.common import scaled
+from fqt_jax.sequential import Sequential
 
 
 class VGG(nnx.Module):
@@ -44,40 +45,29 @@ class VGG(nnx.Module):
         width: float = 1.0,
         rngs: nnx.Rngs,
     ):
-        self.stages = nnx.List()
+        self.smallest = 2 ** len(stages)
+        layers: list[Any] = []
         for stage in stages:
-            layers = nnx.List()
             for channels in stage:
-                out_features = scaled(channels, width)
-                layers.append(_ConvNormAct(in_features, out_features, rngs=rngs))
-                in_features = out_features
-            self.stages.append(layers)
+                features = scaled(channels, width)
+                layers += [
+                    nnx.Conv(in_features, features, (3, 3), use_bias=False, rngs=rngs),
+                    nnx.BatchNorm(features, momentum=0.9, rngs=rngs),
+                    nnx.PReLU(0.25),
+                ]
+                in_features = features
+            layers.append(functools.partial(nnx.max_pool, window_shape=(2, 2), strides=(2, 2)))
+        self.features = Sequential(*layers)
         self.head = nnx.Linear(in_features, num_classes, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps images ``[N, H, W, C]`` to logits ``[N, num_classes]``."""
-        smallest = 2 ** len(self.stages)
-        if min(x.shape[1:3]) < smallest:
+        if min(x.shape[1:3]) < self.smallest:
             raise ValueError(
-                f"images must be at least {smallest}x{smallest} for {len(self.stages)} stages; "
+                f"images must be at least {self.smallest}x{self.smallest}; "
                 f"got {x.shape[1]}x{x.shape[2]}."
             )
-        layers = [layer for stage in self.stages for layer in stage]
-        betweens = [Between()]
-        betweens += [
-            Between(layer.norm, layer.act, pool=2 if layer is stage[-1] else 1)
-            for stage in self.stages
-            for layer in stage
-        ]
-        x = run_chain(x, betweens, [layer.conv for layer in layers])
-        return self.head(jnp.mean(x, axis=(1, 2)))
-
-
-class _ConvNormAct(nnx.Module):
-    def __init__(self, in_features: int, out_features: int, *, rngs: nnx.Rngs):
-        self.conv = nnx.Conv(in_features, out_features, (3, 3), use_bias=False, rngs=rngs)
-        self.norm = nnx.BatchNorm(out_features, momentum=0.9, rngs=rngs)
-        self.act = nnx.PReLU(0.25)
+        return self.head(jnp.mean(self.features(x), axis=(1, 2)))
 
 
 VGGSmall = functools.partial(VGG, ((32, 32), (64, 64), (128, 128)))

@@ -1,4 +1,4 @@
-"""Float convolutions and their two gradients, by whichever of XLA's routes is fast on the CPU.
+"""Float convolutions and their two gradients, by whichever of XLA's routes is fast on a platform.
 
 Measured on two AVX2 cores, in G multiply-adds/s: XLA's convolution does 27 to 67 forward and back
 to the input on images of 4x4 and larger, but below 1 on 2x2, where im2col with one dot does 37 to
@@ -6,8 +6,8 @@ to the input on images of 4x4 and larger, but below 1 on 2x2, where im2col with 
 does 2 on 32x32x64; one dot for each tap of the window does 12 to 50 everywhere, and im2col is best
 where there are few input channels. Elsewhere than on the CPU, XLA's own convolution is used
 throughout. A layer whose input are images of few channels does not come here where the native
-kernels serve (:func:`fqt_jax.kernels.native.float_conv`): they took 12 ms where im2col took 34, on
-128 images of 32x32x3 with 64 outputs, and 11 for 26 of the weight gradient.
+kernels serve: they took 12 ms where im2col took 34, on 128 images of 32x32x3 with 64 outputs, and
+11 for 26 of the weight gradient.
 """
 
 from __future__ import annotations
@@ -17,20 +17,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from fqt_jax.kernels.contract import Pair, Window
+from fqt_jax.kernels.floats import accumulate_dtype
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 _FEW_POSITIONS = 4
 _FEW_CHANNELS = 16
 _FEW_INPUTS = 32
-
-
-def _on_cpu() -> bool:
-    return jax.default_backend() == "cpu"
-
-
-def _accumulate_type(*operands: jax.Array) -> jnp.dtype:
-    dtype = jnp.result_type(*operands)
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def _tap_slices(x: jax.Array, window: Window) -> list[jax.Array]:
@@ -53,19 +45,19 @@ def _tap_slices(x: jax.Array, window: Window) -> list[jax.Array]:
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    return lax.dot(a, b, preferred_element_type=_accumulate_type(a, b))
+    return lax.dot(a, b, preferred_element_type=accumulate_dtype(a, b))
 
 
-def conv(x: jax.Array, w: jax.Array, window: Window) -> jax.Array:
+def conv(x: jax.Array, w: jax.Array, *, window: Window, platform: str) -> jax.Array:
     """Convolution of ``x[N, H, W, C]`` with ``w[kh, kw, C, O]``, summed in float32 or better."""
     n, h, width, c = x.shape
     out_h, out_w = window.output_size((h, width))
     if x.size == 0 or w.size == 0:
-        return jnp.zeros((n, out_h, out_w, w.shape[3]), _accumulate_type(x, w))
+        return jnp.zeros((n, out_h, out_w, w.shape[3]), accumulate_dtype(x, w))
     if window.is_dense:
         return _dot(x.reshape(-1, c), w.reshape(c, -1)).reshape(n, h, width, -1)
     is_small = out_h * out_w <= _FEW_POSITIONS or window.size[0] * window.size[1] * c <= _FEW_INPUTS
-    if _on_cpu() and is_small:
+    if platform == "cpu" and is_small:
         columns = jnp.concatenate(_tap_slices(x, window), axis=-1)
         flat = _dot(columns.reshape(n * out_h * out_w, -1), w.reshape(-1, w.shape[3]))
         return flat.reshape(n, out_h, out_w, -1)
@@ -75,23 +67,25 @@ def conv(x: jax.Array, w: jax.Array, window: Window) -> jax.Array:
         window.strides,
         window.padding,
         dimension_numbers=_DIMENSIONS,
-        preferred_element_type=_accumulate_type(x, w),
+        preferred_element_type=accumulate_dtype(x, w),
     )
 
 
-def conv_input_grad(g: jax.Array, w: jax.Array, window: Window, input_size: Pair) -> jax.Array:
+def conv_input_grad(
+    g: jax.Array, w: jax.Array, *, window: Window, input_size: Pair, platform: str
+) -> jax.Array:
     """Transpose of :func:`conv` in its first argument: ``[N, H, W, C]``."""
     n, out_h, out_w, o = g.shape
     h, width = input_size
     c = w.shape[2]
-    dtype = _accumulate_type(g, w)
+    dtype = accumulate_dtype(g, w)
     if g.size == 0 or w.size == 0:
         return jnp.zeros((n, h, width, c), dtype)
     if window.is_dense:
         return _dot(g.reshape(-1, o), w.reshape(c, o).T).reshape(n, h, width, c)
     (top, bottom), (left, right) = window.padding
     (down, across), (kh, kw) = window.strides, window.size
-    if _on_cpu() and out_h * out_w <= _FEW_POSITIONS:
+    if platform == "cpu" and out_h * out_w <= _FEW_POSITIONS:
         columns = _dot(g.reshape(-1, o), w.transpose(3, 0, 1, 2).reshape(o, -1))
         columns = columns.reshape(n, out_h, out_w, kh, kw, c)
         padded_h, padded_w = h + top + bottom, width + left + right
@@ -124,16 +118,16 @@ def conv_input_grad(g: jax.Array, w: jax.Array, window: Window, input_size: Pair
     )
 
 
-def conv_weight_grad(x: jax.Array, g: jax.Array, window: Window) -> jax.Array:
+def conv_weight_grad(x: jax.Array, g: jax.Array, *, window: Window, platform: str) -> jax.Array:
     """Transpose of :func:`conv` in its second argument: ``[kh, kw, C, O]``."""
     c = x.shape[3]
     o = g.shape[3]
     shape = (*window.size, c, o)
-    dtype = _accumulate_type(x, g)
+    dtype = accumulate_dtype(x, g)
     if x.size == 0 or g.size == 0:
         return jnp.zeros(shape, dtype)
     flat_g = g.reshape(-1, o)
-    if _on_cpu() or window.is_dense:
+    if platform == "cpu" or window.is_dense:
         taps = _tap_slices(x, window)
         if c < _FEW_CHANNELS:
             taps = [jnp.concatenate(taps, axis=-1)]

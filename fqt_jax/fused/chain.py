@@ -1,0 +1,225 @@
+r"""A chain of binary products, with norms, activations and pooling between them.
+
+With hats for signs and ``*`` for the convolution, a product and its gradients are::
+
+    y = alpha (x^ * w^) + bias                  forward: an exact integer product, then a scale
+    g = alpha dL/dy                             backward: alpha is folded in before quantizing
+    dL/dx^ = Q_sample(g) *^T w^                 groups are samples: the scale leaves the sum
+    dL/dw^ = x^ * Q_channel(g)                  groups are output channels: likewise
+    dL/dx = 1[|x| <= 1] dL/dx^                  straight-through, and the same for w
+
+(arXiv 2408.14267, sections 3 and 4.) No float activation is made between two integer products:
+what stands there is a function of each integer sum ``z``, linear on either side of a kink
+(:mod:`fqt_jax.kernels.transforms`). Its signs go into the next product, and backward evaluates it
+again. What a chain keeps for the backward pass is, for each entry, two bits and the integer sum.
+
+The gradients of all parameters, of the weight scales and of the batch statistics follow from four
+sums for each channel, through ordinary differentiation of the function's coefficients.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fqt_jax import kernels
+from fqt_jax.fused.float_conv import float_conv
+from fqt_jax.fused.line import line_of, takes_moments, thresholds
+from fqt_jax.fused.parts import Chain, Gap, GapParams, Kept, Operands, Statistics
+from fqt_jax.fused.product import encode_weights, finish_weights, product_gradients
+from fqt_jax.kernels import Flow, Line, Moments
+from fqt_jax.sharding import vary, varying_axes, varying_together
+
+
+def run_chain(chain: Chain, operands: Operands) -> tuple[jax.Array, list[Statistics | None]]:
+    """The output ``[N, H', W', O]``, and the batch statistics of each norm that takes them.
+
+    Raises:
+      ValueError: the residual has another shape than the output.
+    """
+    if operands.residual is not None:
+        operands = operands._replace(residual=operands.residual.astype(jnp.float32))
+    return _run(chain, varying_together(operands))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _run(chain: Chain, operands: Operands) -> tuple[jax.Array, list[Statistics | None]]:
+    return _run_fwd(chain, operands)[0]
+
+
+def _run_fwd(
+    chain: Chain, operands: Operands
+) -> tuple[tuple[jax.Array, list[Statistics | None]], Kept]:
+    implementation = chain.implementation
+    assert operands.x is not None
+    x = operands.x if _has_gradient(chain, operands.params, 0) else None
+    kept = Kept(operands._replace(x=x, residual=None), [], [], [], [], [], [])
+    statistics: list[Statistics | None] = []
+    source = _source(chain, operands.x, operands.first)
+    scale = vary(jnp.ones(source.shape[3], jnp.float32), varying_axes(source))
+    nan_samples = None
+    for i, gap in enumerate(chain.gaps):
+        params, running = operands.params[i], operands.running[i]
+        moments = None
+        if takes_moments(gap, running):
+            rows = None if running is None else running.weights
+            kink = thresholds(gap, params, scale)
+            moments = kernels.moments(source, kink, rows, implementation=implementation)
+        line, of_batch = line_of(gap, params, scale, moments, running)
+        kept.moments.append(moments)
+        kept.scales.append(scale if _has_gradient(chain, operands.params, i) else None)
+        statistics.append(of_batch)
+        if i == len(chain.links):
+            out = _output(chain, gap, source, line, nan_samples, operands.residual)
+            return (out, statistics), kept
+        signs, clip, nan = kernels.encode(source, line, gap.pool, implementation=implementation)
+        if i == 0:
+            nan_samples = nan
+        link = chain.links[i]
+        w_signs, scale = encode_weights(link, operands.weights[i], implementation)
+        # Signs would hide a NaN: it goes on as that of the scale.
+        scale = scale + jnp.where(jnp.isnan(sum(map(jnp.sum, line))), jnp.float32(jnp.nan), 0.0)
+        source = kernels.forward(signs, w_signs, link.window, implementation=implementation)
+        is_needed = _has_gradient(chain, operands.params, i + 1)
+        kept.sums.append(source if is_needed else None)
+        kept.signs.append(signs)
+        kept.clips.append(clip if link.recipe.clip else None)
+        kept.w_signs.append(w_signs)
+    raise AssertionError("a chain ends with what follows its last product")
+
+
+def _source(chain: Chain, x: jax.Array, first: jax.Array | None) -> jax.Array:
+    if chain.first is not None and first is not None:
+        x = float_conv(x, first, chain.first.window, chain.implementation)
+    return x.astype(jnp.float32)
+
+
+def _output(
+    chain: Chain,
+    gap: Gap,
+    source: jax.Array,
+    line: Line,
+    nan_samples: jax.Array | None,
+    residual: jax.Array | None,
+) -> jax.Array:
+    shape = kernels.pooled_shape(source.shape, gap.pool)
+    if residual is not None and residual.shape != shape:
+        raise ValueError(
+            f"residual must have the shape of the output, {shape}; got {residual.shape}."
+        )
+    out = kernels.activate(
+        source, line, gap.pool, nan_samples, residual, implementation=chain.implementation
+    )
+    return out.astype(chain.dtype)
+
+
+def _has_gradient(chain: Chain, params: list[GapParams], i: int) -> bool:
+    """Whether a gap does anything to the gradient that passes it.
+
+    The first does not where the signs of ``x`` itself go into a product, nor the last where the
+    output is that of the last product as it is. Then nothing of their sources need be kept.
+    """
+    if chain.gaps[i] != Gap() or not chain.links:
+        return True
+    if i == 0:
+        return chain.first is not None
+    is_last = i == len(chain.links)
+    return not is_last or params[i].bias is not None or chain.links[-1].recipe.scale != "none"
+
+
+def _run_bwd(chain: Chain, kept: Kept, cotangents: tuple[jax.Array, Any]) -> tuple[Operands]:
+    d: jax.Array = cotangents[0].astype(jnp.float32)
+    samples: jax.Array | None = None
+    operands = kept.operands
+    d_params: list[Any] = [jax.tree.map(jnp.zeros_like, p) for p in operands.params]
+    d_weights: list[Any] = [None] * len(chain.links)
+    for i in reversed(range(1, len(chain.gaps))):
+        source = kept.sums[i - 1]
+        g, d_scale, bounds = d, jnp.zeros(d.shape[3], jnp.float32), None
+        if source is not None:
+            g, d_params[i], d_scale, bounds = _gap_bwd(chain, kept, i, source, d, samples)
+        link, w = chain.links[i - 1], operands.weights[i - 1]
+        d, samples, dw = product_gradients(
+            link,
+            g,
+            kept.signs[i - 1],
+            kept.w_signs[i - 1],
+            kept.clips[i - 1],
+            operands.seeds[i - 1],
+            bounds,
+            compact=i > 1 or operands.x is not None,
+            implementation=chain.implementation,
+        )
+        d_weights[i - 1] = finish_weights(link, w, dw, d_scale, chain.implementation)
+    d_x, d_first = d, None
+    if operands.x is not None:
+        x, first = operands.x, operands.first
+        if first is not None and d.size:
+            # Of two equal computations XLA makes one, whose result it keeps from the forward
+            # pass, a barrier between them or not. This one needs the gradient.
+            first = jnp.where(jnp.isnan(d[0, 0, 0, 0]), jnp.float32(jnp.nan), first)
+        again, source_vjp = jax.vjp(functools.partial(_source, chain), x, first)
+        g, d_params[0], _, _ = _gap_bwd(chain, kept, 0, again, d, samples)
+        d_x, d_first = source_vjp(g)
+    d_x = d_x.astype(chain.x_dtype)
+    no_running = jax.tree.map(jnp.zeros_like, operands.running)
+    d_residual = cotangents[0].astype(jnp.float32) if chain.has_residual else None
+    no_seeds: Any = None
+    return (Operands(d_x, d_first, d_weights, d_params, no_running, no_seeds, d_residual),)
+
+
+def _gap_bwd(
+    chain: Chain,
+    kept: Kept,
+    i: int,
+    source: jax.Array,
+    d: jax.Array,
+    samples: jax.Array | None,
+) -> tuple[jax.Array, GapParams, jax.Array, tuple[jax.Array, jax.Array]]:
+    """Gradients of a gap's source, of its parameters and of the source's scale; and the bounds of
+    the first, for each sample and channel.
+    """
+    gap, running = chain.gaps[i], kept.operands.running[i]
+    implementation = chain.implementation
+
+    def line(params: GapParams, scale: jax.Array, moments: Moments | None) -> Line:
+        return line_of(gap, params, scale, moments, running)[0]
+
+    scale = kept.scales[i]
+    assert scale is not None
+    at, line_vjp = jax.vjp(line, kept.operands.params[i], scale, kept.moments[i])
+    d_params, d_scale, d_moments = line_vjp(
+        kernels.gradient_sums(source, at, gap.pool, d, samples, implementation=implementation)
+    )
+    rows = None if running is None else running.weights
+    g, lo, hi = kernels.gradient(
+        source,
+        at,
+        _flow(d_moments, source),
+        gap.pool,
+        d,
+        samples,
+        rows if takes_moments(gap, running) else None,
+        implementation=implementation,
+    )
+    return g, d_params, d_scale, (lo, hi)
+
+
+def _flow(d_moments: Moments | None, source: jax.Array) -> Flow:
+    """Each moment is a mean over all entries of ``s``, or of ``s^2``, on one side."""
+    if d_moments is None:
+        no = jnp.zeros(source.shape[3], jnp.float32)
+        return Flow(no, no, no, no)
+    n = jnp.float32(source.size // source.shape[3])
+    return Flow(
+        2 * d_moments.square1 / n,
+        d_moments.mean1 / n,
+        2 * d_moments.square0 / n,
+        d_moments.mean0 / n,
+    )
+
+
+_run.defvjp(_run_fwd, _run_bwd)

@@ -1,0 +1,8 @@
+"""C++ kernels for the CPU, called through XLA's foreign function interface."""
+
+from fqt_jax.kernels.dispatch import Implementation
+from fqt_jax.kernels.native.calls import KERNELS
+from fqt_jax.kernels.native.library import call as call
+from fqt_jax.kernels.native.library import unavailable as unavailable
+
+IMPLEMENTATION = Implementation("native", KERNELS, lambda: ("cpu",), unavailable)

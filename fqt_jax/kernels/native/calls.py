@@ -1,0 +1,297 @@
+"""How each kernel is called: its operands, results and attributes, and what it declines."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fqt_jax.binarize import WORD_BITS, PackedBits
+from fqt_jax.kernels.contract import Pair, Rounding, Window, exceeds_int32, sum_dtype
+from fqt_jax.kernels.dispatch import Kernel
+from fqt_jax.kernels.native.library import call
+from fqt_jax.kernels.scaling import kept_positions
+from fqt_jax.kernels.transforms import Flow, Line, pooled_shape
+from fqt_jax.kernels.xla import IMPLEMENTATION as XLA
+from fqt_jax.samplers import Selection
+
+
+def _forward(x: PackedBits, w: PackedBits, *, window: Window, platform: str) -> jax.Array:
+    n, (h, width, c), o = x.words.shape[0], x.shape, w.shape[3]
+    shape = (n, *window.output_size((h, width)), o)
+    out = jax.ShapeDtypeStruct(shape, sum_dtype(math.prod(window.size) * c))
+    return call("forward", out, x.words, w.words, sizes=_sizes((h, width), c, o, window))
+
+
+def _input_grad(
+    g: jax.Array,
+    w: PackedBits,
+    rounding: Rounding,
+    mask: PackedBits | None,
+    *,
+    window: Window,
+    input_size: Pair,
+    compact: bool,
+    platform: str,
+) -> jax.Array:
+    _, _, c, o = w.shape
+    n = rounding.lo.shape[0] if compact else g.shape[0]
+    return call(
+        "input_grad",
+        jax.ShapeDtypeStruct((n, *input_size, c), jnp.float32),
+        g,
+        w.words,
+        rounding.lo,
+        rounding.value_range,
+        rounding.seed,
+        *_selection(rounding.samples),
+        jnp.zeros((0, 0), jnp.uint32) if mask is None else mask.words,
+        sizes=_sizes(input_size, c, o, window),
+        bits=np.int64(rounding.bits),
+        selects_samples=rounding.samples is not None,
+        has_mask=mask is not None,
+        scatters=not compact,
+    )
+
+
+def _declines_input_grad(
+    g: jax.Array, w: PackedBits, rounding: Rounding | None, mask: Any, *, window: Window, **_: Any
+) -> str | None:
+    if rounding is None:
+        return "float gradients are left to XLA"
+    return exceeds_int32(math.prod(window.size) * w.shape[3], rounding.bits)
+
+
+def _weight_grad(
+    g: jax.Array, x: PackedBits, rounding: Rounding, *, window: Window, platform: str
+) -> jax.Array:
+    h, width, c = x.shape
+    o = g.shape[3]
+    return call(
+        "weight_grad",
+        jax.ShapeDtypeStruct((*window.size, c, o), jnp.float32),
+        g,
+        x.words,
+        rounding.lo,
+        rounding.value_range,
+        rounding.seed,
+        *_selection(rounding.samples),
+        *_selection(rounding.channels),
+        sizes=_sizes((h, width), c, o, window),
+        bits=np.int64(rounding.bits),
+        selects_samples=rounding.samples is not None,
+        selects_channels=rounding.channels is not None,
+    )
+
+
+def _declines_weight_grad(
+    g: jax.Array, x: PackedBits, rounding: Rounding | None, **_: Any
+) -> str | None:
+    if rounding is None:
+        return "float gradients are left to XLA"
+    if rounding.groups == "samples":
+        return "scales of samples lie inside the sum over samples"
+    return exceeds_int32(kept_positions(g, rounding), rounding.bits)
+
+
+def _moments(
+    source: jax.Array,
+    thresholds: tuple[jax.Array, jax.Array],
+    weights: jax.Array | None,
+    *,
+    platform: str,
+) -> list[jax.Array]:
+    out = jax.ShapeDtypeStruct((4, source.shape[3]), jnp.float32)  # TEMP
+    m1, q1, m0, q0 = call("moments", out, source, _or_none(weights))
+    return [m1, m1, q1, m0, m0, q0]
+
+
+def _encode(
+    source: jax.Array, line: Line, *, pool: int, platform: str
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    n, *shape = pooled_shape(source.shape, pool)
+    words = jax.ShapeDtypeStruct((n, -(-math.prod(shape) // WORD_BITS)), jnp.uint32)
+    nan = jax.ShapeDtypeStruct((n,), jnp.float32)
+    return call("encode", (words, words, nan), source, jnp.stack(line), pool=np.int64(pool))
+
+
+def _activate(
+    source: jax.Array,
+    line: Line,
+    offsets: jax.Array | None,
+    added: jax.Array | None,
+    *,
+    pool: int,
+    platform: str,
+) -> jax.Array:
+    out = jax.ShapeDtypeStruct(pooled_shape(source.shape, pool), jnp.float32)
+    offsets, added = _or_none(offsets), _or_none(added)
+    return call("activate", out, source, jnp.stack(line), offsets, added, pool=np.int64(pool))
+
+
+def _gradient_sums(
+    source: jax.Array,
+    line: Line,
+    d: jax.Array,
+    samples: jax.Array | None,
+    *,
+    pool: int,
+    platform: str,
+) -> list[jax.Array]:
+    sums = call(
+        "gradient_sums",
+        jax.ShapeDtypeStruct((4, source.shape[3]), jnp.float32),
+        source,
+        jnp.stack(line),
+        d,
+        _or_none(samples, jnp.int32),
+        pool=np.int64(pool),
+        selects_samples=samples is not None,
+    )
+    return list(sums)
+
+
+def _gradient(
+    source: jax.Array,
+    line: Line,
+    flow: Flow,
+    d: jax.Array,
+    samples: jax.Array | None,
+    weights: jax.Array | None,
+    *,
+    pool: int,
+    platform: str,
+) -> Any:
+    n, _, _, c = source.shape
+    bounds = jax.ShapeDtypeStruct((n, c), jnp.float32)
+    rows = (*line, line.p1, flow.h1, flow.k1, line.p0, flow.h0, flow.k0)
+    return call(
+        "gradient",
+        (jax.ShapeDtypeStruct(source.shape, jnp.float32), bounds, bounds),
+        source,
+        jnp.stack(rows),
+        d,
+        _or_none(samples, jnp.int32),
+        _or_none(weights),
+        pool=np.int64(pool),
+        selects_samples=samples is not None,
+    )
+
+
+def _encode_weights(w: jax.Array, *, platform: str) -> tuple[jax.Array, jax.Array]:
+    words = jax.ShapeDtypeStruct((-(-w.size // WORD_BITS),), jnp.uint32)
+    scale = jax.ShapeDtypeStruct((w.shape[-1],), jnp.float32)
+    return call("encode_weights", (words, scale), w.reshape(-1, w.shape[-1]))
+
+
+def _finish_weight_grad(
+    dw: jax.Array, w: jax.Array, d_scale: jax.Array, *, clip: bool, platform: str
+) -> jax.Array:
+    # Without a reshape: XLA would copy the gradient for it, as it is to be overwritten.
+    out = jax.ShapeDtypeStruct(w.shape, jnp.float32)
+    return call("finish_weight_grad", out, dw, w, d_scale, in_place={0: 0}, clips=clip)
+
+
+def _float_conv(x: jax.Array, w: jax.Array, *, window: Window, platform: str) -> jax.Array:
+    n, h, width, c = x.shape
+    o = w.shape[3]
+    out = jax.ShapeDtypeStruct((n, *window.output_size((h, width)), o), jnp.float32)
+    return call("float_conv", out, x, w, sizes=_sizes((h, width), c, o, window))
+
+
+def _float_conv_weight_grad(
+    x: jax.Array, g: jax.Array, *, window: Window, platform: str
+) -> jax.Array:
+    _, h, width, c = x.shape
+    o = g.shape[3]
+    out = jax.ShapeDtypeStruct((*window.size, c, o), jnp.float32)
+    return call("float_conv_weight_grad", out, x, g, sizes=_sizes((h, width), c, o, window))
+
+
+# Above these XLA's products are as fast: measured at 224x224x3, and on 1x1 windows of 64 channels.
+_FEW_CHANNELS = 16
+_FEW_WEIGHTS = 2**16
+
+
+def _declines_float_conv(x: jax.Array, other: jax.Array, *, window: Window) -> str | None:
+    if x.dtype != jnp.float32 or other.dtype != jnp.float32:
+        return "floats of other types than float32 are left to XLA"
+    if window.size == (1, 1) or x.shape[3] >= _FEW_CHANNELS:
+        return f"it serves images of fewer than {_FEW_CHANNELS} channels, and no 1x1 windows"
+    if math.prod(window.size) * x.shape[3] * other.shape[3] > _FEW_WEIGHTS:
+        return f"it serves no more than {_FEW_WEIGHTS} weights"
+    return _declines_empty(x, other)
+
+
+def _adam(g: jax.Array, m: jax.Array, v: jax.Array, factors: jax.Array, *, platform: str) -> Any:
+    like = (jax.ShapeDtypeStruct(g.shape, jnp.float32),) * 3
+    return call("adam", like, g, m, v, factors, in_place={0: 0, 1: 1, 2: 2})
+
+
+def _declines_adam(g: jax.Array, m: jax.Array, v: jax.Array, factors: jax.Array) -> str | None:
+    return _declines_other_than_float32(g, m, v) or _declines_empty(g)
+
+
+def _declines_other_than_float32(*operands: jax.Array) -> str | None:
+    found = {a.dtype.name for a in operands} - {"float32"}
+    return f"operands are {', '.join(sorted(found))}, not float32" if found else None
+
+
+def _declines_empty(*operands: Any, **_: Any) -> str | None:
+    empty = any(leaf.size == 0 for leaf in jax.tree.leaves(operands))
+    return "an operand is empty" if empty else None
+
+
+def _sizes(input_size: Pair, c: int, o: int, window: Window) -> np.ndarray:
+    (top, bottom), (left, right) = window.padding
+    sizes = (*input_size, c, o, *window.size, *window.strides, top, bottom, left, right)
+    return np.array(sizes, np.int64)
+
+
+def _selection(selection: Selection | None) -> tuple[jax.Array, jax.Array]:
+    if selection is None:
+        return jnp.zeros(0, jnp.int32), jnp.zeros(0, jnp.float32)
+    return selection.indices, selection.weights
+
+
+def _or_none(a: jax.Array | None, dtype: Any = jnp.float32) -> jax.Array:
+    """An operand that is left out is passed as an empty one."""
+    return jnp.zeros(0, dtype) if a is None else a
+
+
+def _or_xla(operation: str, own: Kernel) -> Kernel:
+    """A kernel that leaves to XLA what it declines."""
+    xla = XLA.kernels[operation]
+
+    def run(*operands: Any, platform: str, **static: Any) -> Any:
+        serves = own.declines(*operands, **static) is None
+        return (own if serves else xla).run(*operands, platform=platform, **static)
+
+    return Kernel(run, xla.declines)
+
+
+KERNELS = {
+    # Float convolutions but those of images, and what is empty, are XLA's.
+    **XLA.kernels,
+    "forward": Kernel(_forward),
+    "input_grad": Kernel(_input_grad, _declines_input_grad),
+    "weight_grad": Kernel(_weight_grad, _declines_weight_grad),
+    **{
+        operation: _or_xla(operation, Kernel(run, declines))
+        for operation, run, declines in (
+            ("moments", _moments, _declines_empty),
+            ("encode", _encode, _declines_empty),
+            ("activate", _activate, _declines_empty),
+            ("gradient_sums", _gradient_sums, _declines_empty),
+            ("gradient", _gradient, _declines_empty),
+            ("encode_weights", _encode_weights, _declines_empty),
+            ("finish_weight_grad", _finish_weight_grad, _declines_empty),
+            ("float_conv", _float_conv, _declines_float_conv),
+            ("float_conv_weight_grad", _float_conv_weight_grad, _declines_float_conv),
+            ("adam", _adam, _declines_adam),
+        )
+    },
+}

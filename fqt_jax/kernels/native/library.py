@@ -1,0 +1,99 @@
+"""C++ kernels for the CPU, called through XLA's foreign function interface.
+
+Products by table look-up: one byte shuffle looks up the sum of four products in as many channels
+as a vector has bytes (``csrc/tile.h``). Codes are rounded inside the kernel, tile by tile, and the
+samples and channels that were not kept are never read. The instruction set is chosen at import;
+the environment variable ``FQT_JAX_ISA`` (``portable``, ``avx2``, ``avx512``, ``neon``) forces one.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+from typing import Any
+
+import jax
+
+_KERNELS = {
+    "fqt_jax_forward",
+    "fqt_jax_input_grad",
+    "fqt_jax_weight_grad",
+    "fqt_jax_moments",
+    "fqt_jax_encode",
+    "fqt_jax_encode_weights",
+    "fqt_jax_activate",
+    "fqt_jax_gradient_sums",
+    "fqt_jax_gradient",
+    "fqt_jax_finish_weight_grad",
+    "fqt_jax_float_conv",
+    "fqt_jax_float_conv_weight_grad",
+    "fqt_jax_adam",
+}
+
+
+def _load() -> str | None:
+    """Registers the kernels; returns why they cannot be used, or ``None``."""
+    try:
+        import fqt_jax.kernels._native as _native
+    except ModuleNotFoundError:
+        return "the extension was not built (no C++ compiler when fqt_jax was installed?)"
+    except ImportError as error:
+        return f"the extension does not load: {error}"
+    registrations = _native.registrations()
+    if not hasattr(_native, "ffi_version") or not registrations.keys() >= _KERNELS:
+        return "the extension was built from older sources: install fqt_jax again"
+    built, here = _native.ffi_version(), _installed_ffi_version()
+    if built[0] != here[0] or built > here:
+        # Registered all the same, such kernels would keep JAX's CPU backend from starting.
+        return (
+            "the extension was built for version {}.{} of XLA's foreign function interface, and "
+            "the installed jaxlib has {}.{}: install fqt_jax again".format(*built, *here)
+        )
+    isa = os.environ.get("FQT_JAX_ISA")
+    if isa:
+        try:
+            _native.select_isa(isa)
+        except ValueError as error:
+            supported = ", ".join(_native.supported_isas())
+            return f"FQT_JAX_ISA: {error}; it runs {supported}"
+    for name, capsule in registrations.items():
+        jax.ffi.register_ffi_target(name, capsule, platform="cpu")
+    return None
+
+
+def _installed_ffi_version() -> tuple[int, int]:
+    """Version of the foreign function interface that the installed jaxlib speaks."""
+    header = pathlib.Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
+    found = dict(re.findall(r"#define XLA_FFI_API_(MAJOR|MINOR) (\d+)", header))
+    return int(found["MAJOR"]), int(found["MINOR"])
+
+
+_LOAD_ERROR = _load()
+
+
+def unavailable() -> str | None:
+    """Why the kernels cannot be used; ``None`` when they can."""
+    return _LOAD_ERROR
+
+
+def call(
+    name: str,
+    results: Any,
+    *operands: jax.Array,
+    in_place: dict[int, int] | None = None,
+    **attributes: Any,
+) -> Any:
+    """The one place that calls a kernel, by its name and the shapes and types of its results.
+
+    Args:
+      name: of the kernel.
+      results: shapes and types of the results.
+      *operands: of the kernel.
+      in_place: numbers of operands, each with that of the result that takes its place in memory.
+      **attributes: of the kernel.
+    """
+    kernel = jax.ffi.ffi_call(
+        f"fqt_jax_{name}", results, vmap_method="sequential", input_output_aliases=in_place
+    )
+    return kernel(*operands, **attributes)

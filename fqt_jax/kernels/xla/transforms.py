@@ -1,0 +1,168 @@
+"""What stands between two integer products, in plain XLA: the reference."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from fqt_jax.binarize import PackedBits
+from fqt_jax.kernels.transforms import Flow, Line
+
+
+def moments(
+    source: jax.Array,
+    thresholds: tuple[jax.Array, jax.Array],
+    weights: jax.Array | None,
+    *,
+    platform: str,
+) -> tuple[jax.Array, ...]:
+    """See :func:`fqt_jax.kernels.moments`."""
+    s = source.astype(jnp.float32)
+    rows = [jnp.ones_like(s), s, s * s]
+    if weights is not None:
+        rows = [row * weights.reshape(-1, 1, 1, 1) for row in rows]
+    up = _is_up(s, *thresholds)
+    sides = [jnp.where(side, row, jnp.float32(0)) for side in (up, ~up) for row in rows]
+    # Sample by sample: the sum of all squares at once would lose digits.
+    return tuple(jnp.mean(jnp.mean(side, (1, 2)), 0) for side in sides)
+
+
+def encode(
+    source: jax.Array, line: Line, *, pool: int, platform: str
+) -> tuple[PackedBits, PackedBits, jax.Array]:
+    """See :func:`fqt_jax.kernels.encode`."""
+    t = _pooled(_evaluated(source, line), pool)
+    nan = jnp.zeros(source.shape[:1], jnp.float32)
+    if jnp.issubdtype(source.dtype, jnp.floating):
+        nan = jnp.where(jnp.isnan(t).any((1, 2, 3)), jnp.float32(jnp.nan), nan)
+    return PackedBits.pack(t >= 0), PackedBits.pack(jnp.abs(t) <= 1), nan
+
+
+def activate(
+    source: jax.Array,
+    line: Line,
+    offsets: jax.Array | None,
+    added: jax.Array | None,
+    *,
+    pool: int,
+    platform: str,
+) -> jax.Array:
+    """See :func:`fqt_jax.kernels.activate`."""
+    t = _pooled(_evaluated(source, line), pool)
+    if offsets is not None:
+        t = t + offsets.reshape(-1, 1, 1, 1)
+    return t if added is None else t + added
+
+
+def gradient_sums(
+    source: jax.Array,
+    line: Line,
+    d: jax.Array,
+    samples: jax.Array | None,
+    *,
+    pool: int,
+    platform: str,
+) -> tuple[jax.Array, ...]:
+    """See :func:`fqt_jax.kernels.gradient_sums`; in the order Q1, P1, Q0, P0."""
+    if samples is not None:
+        source = jnp.take(source, samples, axis=0, mode="clip")
+    s = source.astype(jnp.float32)
+    up = _is_up(s, line.s, line.t)
+    d = _spread(_evaluated(source, line), d, pool)
+    sides = (jnp.where(side, d, jnp.float32(0)) for side in (up, ~up))
+    return tuple(jnp.sum(jnp.sum(part, (1, 2)), 0) for side in sides for part in (side, side * s))
+
+
+def gradient(
+    source: jax.Array,
+    line: Line,
+    flow: Flow,
+    d: jax.Array,
+    samples: jax.Array | None,
+    weights: jax.Array | None,
+    *,
+    pool: int,
+    platform: str,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See :func:`fqt_jax.kernels.gradient`."""
+    if samples is not None:
+        full = jnp.zeros((source.shape[0], *d.shape[1:]), jnp.float32)
+        d = full.at[samples].set(d, unique_indices=True, mode="drop")
+    s = source.astype(jnp.float32)
+    d = _spread(_evaluated(source, line), d, pool)
+    h1, k1, h0, k0 = ((row if weights is None else _outer(weights, row)) for row in flow)
+    up = _is_up(s, line.s, line.t)
+    g = jnp.where(up, _row(line.p1) * d + (_row(h1) * s + _row(k1)), 0.0)
+    g = jnp.where(up, g, _row(line.p0) * d + (_row(h0) * s + _row(k0)))
+    return g, jnp.min(g, (1, 2)), jnp.max(g, (1, 2))
+
+
+def encode_weights(w: jax.Array, *, platform: str) -> tuple[PackedBits, jax.Array]:
+    """See :func:`fqt_jax.kernels.encode_weights`."""
+    scale = jnp.mean(jnp.abs(w), axis=tuple(range(w.ndim - 1)))
+    return PackedBits.pack(w >= 0, batch_ndim=0), scale
+
+
+def finish_weight_grad(
+    dw: jax.Array, w: jax.Array, d_scale: jax.Array, *, clip: bool, platform: str
+) -> jax.Array:
+    """See :func:`fqt_jax.kernels.finish_weight_grad`."""
+    if clip:
+        dw = jnp.where(jnp.abs(w) <= 1, dw, jnp.float32(0))
+    return dw + jnp.sign(w) * d_scale.reshape((1,) * (w.ndim - 1) + (-1,))
+
+
+def _row(row: jax.Array) -> jax.Array:
+    """``[C]`` or ``[N, C]`` along the channels of a source."""
+    return row.reshape((1,) * (2 - row.ndim) + (*row.shape[:-1], 1, 1, row.shape[-1]))
+
+
+def _outer(weights: jax.Array, row: jax.Array) -> jax.Array:
+    return weights.reshape(-1, 1) * row.reshape(1, -1)
+
+
+def _is_up(s: jax.Array, slope: jax.Array, offset: jax.Array) -> jax.Array:
+    return _row(slope) * s + _row(offset) >= 0
+
+
+def _evaluated(source: jax.Array, line: Line) -> jax.Array:
+    """``t`` before pooling."""
+    s = source.astype(jnp.float32)
+    up = _row(line.p1) * s + _row(line.q1)
+    down = _row(line.p0) * s + _row(line.q0)
+    return jnp.where(_is_up(s, line.s, line.t), up, down)
+
+
+def _windows(t: jax.Array, pool: int) -> jax.Array:
+    """``[N, H', pool, W', pool, C]``; a remainder is left out."""
+    n, h, w, c = t.shape
+    t = t[:, : h - h % pool, : w - w % pool]
+    return t.reshape(n, h // pool, pool, w // pool, pool, c)
+
+
+def _pooled(t: jax.Array, pool: int) -> jax.Array:
+    return t if pool == 1 else _first_maximum(_windows(t, pool), pool)[0]
+
+
+def _first_maximum(windows: jax.Array, pool: int) -> tuple[jax.Array, jax.Array]:
+    """The maximum of each window, and the number of the first entry that attains it."""
+    best = windows[:, :, 0, :, 0]
+    place = jnp.zeros(best.shape, jnp.uint8)
+    for i in range(1, pool * pool):
+        entry = windows[:, :, i // pool, :, i % pool]
+        is_more = (entry > best) | jnp.isnan(entry)
+        best = jnp.where(is_more, entry, best)
+        place = jnp.where(is_more, jnp.uint8(i), place)
+    return best, place
+
+
+def _spread(t: jax.Array, d: jax.Array, pool: int) -> jax.Array:
+    """The gradient of ``t`` before pooling, from ``d`` after it."""
+    if pool == 1:
+        return d
+    n, h, w, c = t.shape
+    place = _first_maximum(_windows(t, pool), pool)[1]
+    order = jnp.arange(pool * pool, dtype=jnp.uint8).reshape(1, 1, pool, 1, pool, 1)
+    spread = jnp.where(place[:, :, None, :, None] == order, d[:, :, None, :, None], 0.0)
+    spread = spread.reshape(n, h // pool * pool, w // pool * pool, c)
+    return jnp.pad(spread, ((0, 0), (0, h % pool), (0, w % pool), (0, 0)))

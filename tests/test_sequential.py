@@ -1,0 +1,489 @@
+"""Sequences in fused form against the same layers called in turn."""
+
+import contextlib
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import fqt_jax as fqt
+from fqt_jax import sequential
+
+LEARNED = dataclasses.replace(fqt.QAT, scale="learned")
+UNSCALED = dataclasses.replace(fqt.QAT, scale="none", clip=False)
+
+POOL = functools.partial(nnx.max_pool, window_shape=(2, 2), strides=(2, 2))
+LEAKY = functools.partial(nnx.leaky_relu, negative_slope=0.2)
+
+pytestmark = pytest.mark.usefixtures("relaxed_promotion")
+
+
+def conv(inputs, outputs, recipe, strides=1, *, rngs, bias=False, implementation=None):
+    layer = fqt.QuantConv(
+        inputs,
+        outputs,
+        3,
+        strides,
+        use_bias=bias,
+        recipe=recipe,
+        implementation=implementation,
+        rngs=rngs,
+    )
+    if layer.bias is not None:
+        layer.bias[...] = 3 * jax.random.normal(rngs.params(), (outputs,))
+    return layer
+
+
+def norm(features, *, rngs, **options):
+    layer = nnx.BatchNorm(features, momentum=0.9, rngs=rngs, **options)
+    # Without these, sums that equal their mean lie on the edge of a sign.
+    if layer.scale is not None:
+        layer.scale[...] = jax.random.uniform(rngs.params(), (features,)) + 0.1
+    if layer.bias is not None:
+        layer.bias[...] = jax.random.uniform(rngs.params(), (features,)) + 0.1
+    return layer
+
+
+def network(recipes, *, norms=True, implementation=None):
+    """Three convolutions with every kind of place between them."""
+    rngs = nnx.Rngs(params=0, rounding=1)
+    options = {"rngs": rngs, "implementation": implementation}
+    norms = [norm(n, rngs=rngs) for n in (8, 12, 16, 8)] if norms else [None] * 4
+    layers = (
+        norms[0],
+        conv(8, 12, recipes[0], **options),
+        norms[1],
+        nnx.PReLU(0.25),
+        POOL,
+        conv(12, 16, recipes[1], 2, **options),
+        nnx.PReLU(0.25),
+        norms[2],
+        conv(16, 8, recipes[2], **options),
+        norms[3],
+        nnx.PReLU(0.25),
+    )
+    return fqt.Sequential(*(layer for layer in layers if layer is not None))
+
+
+def value_and_grads(net, x, *, train=True, **arguments):
+    """Output, gradients of the parameters and of ``x``, and the state after, of a random loss."""
+    graphdef, params, others = nnx.split(net, nnx.Param, ...)
+
+    def loss(params, x):
+        model = nnx.merge(graphdef, params, others, copy=True)
+        model.train() if train else model.eval()
+        out = model(x, **arguments)
+        weights = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
+        return jnp.sum(out * weights), (out, nnx.split(model, nnx.Param, ...)[2])
+
+    (_, (out, after)), grads = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, x)
+    return out, grads, jax.tree.map(_data, after)
+
+
+def _data(a):
+    return jax.random.key_data(a) if jnp.issubdtype(a.dtype, jax.dtypes.prng_key) else a
+
+
+@contextlib.contextmanager
+def in_turn(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sequential, "_fits", lambda *_: False)
+        yield
+
+
+def images(n=6, size=9):
+    return jax.random.normal(jax.random.key(5), (n, size, size, 8))
+
+
+def assert_trees_close(got, expected, tolerance):
+    # A gradient that is zero by mathematics, as of a bias before a norm, is one of rounding.
+    floor = 1e-2 * max(np.abs(np.asarray(b, np.float64)).max() for b in jax.tree.leaves(expected))
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True
+    ):
+        assert a.dtype == b.dtype, jax.tree_util.keystr(path)
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        error = np.abs(a - b).max() / max(np.abs(b).max(), floor)
+        assert error < tolerance, (jax.tree_util.keystr(path), error)
+
+
+def assert_both_forms_agree(net, x, tolerance, monkeypatch, **options):
+    fused = value_and_grads(net, x, **options)
+    with in_turn(monkeypatch):
+        expected = value_and_grads(net, x, **options)
+    assert_trees_close(fused, expected, tolerance)
+
+
+def runs(net):
+    return [each.run for each in net.explain()]
+
+
+@pytest.mark.parametrize("implementation", [None, "xla"])
+@pytest.mark.parametrize(
+    ("recipe", "norms", "train", "tolerance"),
+    [
+        (fqt.QAT, True, True, 1e-4),  # the slope's gradient is a small difference of large sums
+        (fqt.QAT, True, False, 1e-5),
+        (UNSCALED, False, True, 1e-5),
+        (LEARNED, True, False, 1e-5),
+        (fqt.FQT1, True, True, 1e-3),
+    ],
+)
+def test_the_two_forms_agree(monkeypatch, recipe, norms, train, tolerance, implementation):
+    net = network([recipe] * 3, norms=norms, implementation=implementation)
+    assert set(runs(net)) == {1}
+    assert_both_forms_agree(net, images(), tolerance, monkeypatch, train=train)
+
+
+@pytest.mark.parametrize("implementation", [None, "xla"])
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("act", [nnx.relu, LEAKY, nnx.identity, "prelu"])
+@pytest.mark.parametrize("order", ["norm_act", "act_norm", "act"])
+def test_activations_norms_and_biases_in_every_order(
+    monkeypatch, act, order, train, implementation
+):
+    rngs = nnx.Rngs(params=0, rounding=1)
+    act = nnx.PReLU(0.1) if act == "prelu" else act
+    options = {"rngs": rngs, "bias": True, "implementation": implementation}
+    between = {
+        "norm_act": [norm(12, rngs=rngs), act],
+        "act_norm": [act, norm(12, rngs=rngs)],
+        "act": [act],
+    }[order]
+    net = fqt.Sequential(
+        conv(8, 12, fqt.QAT, **options), *between, conv(12, 8, fqt.QAT, **options), act
+    )
+    assert set(runs(net)) == {1}
+    assert_both_forms_agree(net, images(4, 5), 2e-4, monkeypatch, train=train)
+
+
+def test_relu_has_no_gradient_at_zero(monkeypatch):
+    """Sums of an even number of signs are often zero."""
+    rngs = nnx.Rngs(params=0, rounding=1)
+    net = fqt.Sequential(
+        conv(8, 12, UNSCALED, rngs=rngs), nnx.relu, conv(12, 8, UNSCALED, rngs=rngs)
+    )
+    assert_both_forms_agree(net, images(4, 5), 1e-6, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "options", [{"use_scale": False}, {"use_bias": False}, {"use_scale": False, "use_bias": False}]
+)
+def test_norms_without_some_parameters(monkeypatch, options):
+    rngs = nnx.Rngs(params=0, rounding=1)
+    net = fqt.Sequential(
+        conv(8, 12, fqt.QAT, rngs=rngs),
+        norm(12, rngs=rngs, **options),
+        conv(12, 8, fqt.QAT, rngs=rngs),
+    )
+    assert set(runs(net)) == {1}
+    # Signs of numbers whose mean is zero: no two roundings may put one on different sides.
+    x = images(4, 5)
+    fused = value_and_grads(net, x)
+    with in_turn(monkeypatch):
+        expected = value_and_grads(net, x)
+    assert_trees_close(fused[2], expected[2], 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(24, 8), (3, 5, 8), (8,)])
+@pytest.mark.parametrize("recipe", [fqt.QAT, fqt.FQT1])
+def test_dense_layers_fuse(monkeypatch, shape, recipe):
+    rngs = nnx.Rngs(params=0, rounding=1)
+    between = [norm(16, rngs=rngs), nnx.PReLU(0.25)]
+    if len(shape) == 1:
+        between = [nnx.PReLU(0.25)]
+    net = fqt.Sequential(
+        fqt.QuantLinear(8, 16, recipe=recipe, rngs=rngs),
+        *between,
+        fqt.QuantLinear(16, 4, recipe=recipe, rngs=rngs),
+        nnx.relu,
+    )
+    assert set(runs(net)) == {1}
+    x = jax.random.normal(jax.random.key(0), shape)
+    assert_both_forms_agree(net, x, 1e-3, monkeypatch)
+
+
+@pytest.mark.parametrize("acts", [[nnx.relu], [nnx.PReLU(0.25)], []])
+def test_bfloat16_input_and_float32_parameters(monkeypatch, acts):
+    rngs = nnx.Rngs(params=0, rounding=1)
+    net = fqt.Sequential(conv(8, 12, fqt.QAT, rngs=rngs), *acts, conv(12, 8, fqt.QAT, rngs=rngs))
+    x = images(4, 5).astype(jnp.bfloat16)
+    fused = value_and_grads(net, x)
+    assert fused[0].dtype == jnp.bfloat16
+    with in_turn(monkeypatch):
+        expected = value_and_grads(net, x)
+    assert_trees_close(fused, expected, 0.05)
+    normed = fqt.Sequential(*net.layers, norm(8, rngs=rngs))
+    assert value_and_grads(normed, x)[0].dtype == jnp.float32
+
+
+def test_half_precision_parameters():
+    rngs = nnx.Rngs(params=0, rounding=1)
+    net = fqt.Sequential(conv(8, 12, fqt.FQT1, rngs=rngs), norm(12, rngs=rngs), nnx.PReLU())
+    halves = jax.tree.map(lambda a: a.astype(jnp.bfloat16), nnx.state(net, nnx.Param))
+    nnx.update(net, halves)
+    out, (grads, _), _ = value_and_grads(net, images(4, 5).astype(jnp.bfloat16))
+    assert out.dtype == jnp.float32  # the norm's statistics are
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(grads)} == {"bfloat16"}
+
+
+@pytest.mark.parametrize("implementation", [None, "xla"])
+def test_the_fused_form_keeps_bits_and_sums_only(monkeypatch, implementation):
+    """No float of an activation's size but the input waits for the backward pass."""
+    x = images(16, 16)
+    net = network([fqt.FQT1] * 3, implementation=implementation)
+    graphdef, params, others = nnx.split(net, nnx.Param, ...)
+
+    def kept(params):
+        def run(params):
+            return nnx.merge(graphdef, params, others, copy=True)(x)
+
+        leaves = jax.tree.leaves(jax.vjp(run, params)[1])
+        return sorted(a.dtype.name for a in leaves if a.shape[:1] == (16,) and a.size > 16 * 100)
+
+    # The input, and the sums of three convolutions. Bits are too small to be counted.
+    assert kept(params) == ["float32", *["int16"] * 3]
+    with in_turn(monkeypatch):
+        assert kept(params).count("float32") > 6
+
+
+def test_fusion_needs_less_memory_on_xla_alone(monkeypatch):
+    x = jax.random.normal(jax.random.key(0), (16, 32, 32, 8))
+    net = network([fqt.FQT1] * 3, implementation="xla")
+    graphdef, params, others = nnx.split(net, nnx.Param, ...)
+
+    def temporaries():
+        def loss(params):
+            return jnp.sum(nnx.merge(graphdef, params, others, copy=True)(x) ** 2)
+
+        compiled = jax.jit(jax.grad(loss)).lower(params).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    fused = temporaries()
+    with in_turn(monkeypatch):
+        assert fused < temporaries()
+
+
+def test_the_output_of_a_float_convolution_of_images_is_computed_again():
+    x = images(16, 16)
+    rngs = nnx.Rngs(params=0, rounding=1)
+    net = fqt.Sequential(
+        conv(8, 12, fqt.FULL_PRECISION, rngs=rngs),
+        norm(12, rngs=rngs),
+        nnx.PReLU(0.25),
+        conv(12, 16, fqt.FQT1, rngs=rngs),
+        norm(16, rngs=rngs),
+    )
+    assert set(runs(net)) == {1}
+    graphdef, params, others = nnx.split(net, nnx.Param, ...)
+
+    def run(params):
+        return nnx.merge(graphdef, params, others, copy=True)(x)
+
+    # The input of 8 channels is kept, and not the output of 12.
+    leaves = jax.tree.leaves(jax.vjp(run, params)[1])
+    floats = [a for a in leaves if a.shape[:3] == (16, 16, 16) and a.dtype == jnp.float32]
+    assert all(a.shape[3] == 8 for a in floats)
+    # XLA must not make the two computations one again.
+    gradient = jax.jit(jax.grad(lambda params: jnp.sum(run(params))))
+    program = gradient.lower(params).compile().as_text()
+    if fqt.implementations()["native"] == "available":
+        assert program.count('custom_call_target="fqt_jax_float_conv"') == 2
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_float_layers_part_the_sequence(monkeypatch, place):
+    recipes = [fqt.QAT] * 3
+    recipes[place] = fqt.FULL_PRECISION
+    assert_both_forms_agree(network(recipes), images(), 3e-4, monkeypatch)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("implementation", [None, "xla"])
+def test_nan_of_the_input_and_of_weights_is_seen(train, implementation):
+    net = network([fqt.QAT] * 3, implementation=implementation)
+    x = images().at[2, 3, 3, 1].set(jnp.nan)
+    out, *_ = value_and_grads(net, x, train=train)
+    assert np.isnan(out[2]).all()
+    assert train or not np.isnan(np.delete(np.asarray(out), 2, 0)).any()
+    kernel = net.layers[5].kernel
+    kernel[...] = kernel[...].at[0, 0, 0, 3].set(jnp.nan)
+    out, *_ = value_and_grads(net, images(), train=train)
+    assert np.isnan(out).all()
+
+
+def test_statistics_of_the_batch_and_running_ones():
+    net = network([fqt.QAT] * 3)
+    norms = [layer for layer in net.layers if isinstance(layer, nnx.BatchNorm)]
+    x = images()
+    net.train()
+    net(x)
+    expected = 0.1 * np.asarray(x, np.float64).mean((0, 1, 2))
+    np.testing.assert_allclose(norms[0].mean[...], expected, rtol=1e-5, atol=1e-7)
+    variance = 0.9 + 0.1 * np.asarray(x, np.float64).var((0, 1, 2))
+    np.testing.assert_allclose(norms[0].var[...], variance, rtol=1e-5)
+    before = [jnp.copy(norm.mean[...]) for norm in norms]
+    net.eval()
+    net(x)
+    for each, mean in zip(norms, before, strict=True):
+        np.testing.assert_array_equal(each.mean[...], mean)
+
+
+def test_under_vmap():
+    net = network([fqt.QAT] * 3)
+    net.eval()
+    x = jnp.stack([images(3), images(3)[::-1]])
+    graphdef, state = nnx.split(net)
+
+    def run(x):
+        return nnx.merge(graphdef, state, copy=True)(x)
+
+    together = jax.jit(jax.vmap(run))(x)
+    np.testing.assert_array_equal(together[0], jax.jit(run)(x[0]))
+    np.testing.assert_array_equal(together[1], jax.jit(run)(x[1]))
+
+
+@pytest.mark.parametrize("implementation", [None, "xla"])
+def test_under_shard_map(implementation):
+    net = network([fqt.QAT] * 3, implementation=implementation)
+    net.eval()
+    x = images(8)
+    graphdef, params, others = nnx.split(net, nnx.Param, ...)
+
+    def grad(params, x):
+        def loss(params):
+            return jnp.sum(nnx.merge(graphdef, params, others, copy=True)(x) ** 2)
+
+        return jax.grad(loss)(params)
+
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec
+    sharded = jax.jit(
+        jax.shard_map(grad, mesh=mesh, in_specs=(spec(), spec("data")), out_specs=spec())
+    )
+    assert_trees_close(sharded(params, x), jax.jit(grad)(params, x), 1e-5)
+
+
+def test_a_gradient_lowers_for_machines_that_are_not_here():
+    net = network([fqt.FQT1] * 3)
+
+    def grad(params, x):
+        model = network([fqt.FQT1] * 3)
+        nnx.update(model, params)
+        graphdef, params, others = nnx.split(model, nnx.Param, ...)
+        return jax.grad(lambda p: jnp.sum(nnx.merge(graphdef, p, others, copy=True)(x)))(params)
+
+    exported = jax.export.export(jax.jit(grad), platforms=("cuda", "tpu"))(
+        nnx.state(net, nnx.Param), images()
+    )
+    assert exported.platforms == ("cuda", "tpu")
+    assert "@fqt_jax_" not in exported.mlir_module()
+
+
+def block(recipes):
+    """A residual block whose shortcut is the identity."""
+    rngs = nnx.Rngs(params=0, rounding=1)
+    layers = []
+    for recipe in recipes:
+        layers += [norm(8, rngs=rngs), conv(8, 8, recipe, rngs=rngs)]
+    return fqt.Sequential(*layers, nnx.PReLU(0.25))
+
+
+RECIPES = [[fqt.QAT] * 2, [fqt.QAT, fqt.FULL_PRECISION]]
+
+
+class Residual(nnx.Module):
+    def __init__(self, recipes):
+        self.block = block(recipes)
+
+    def __call__(self, x):
+        return self.block(x, residual=x)
+
+
+@pytest.mark.parametrize("recipes", RECIPES)
+def test_residual_is_added_as_in_turn(recipes, monkeypatch):
+    assert_both_forms_agree(Residual(recipes), images(), 1e-4, monkeypatch)
+
+
+def test_residual_may_have_another_dtype():
+    net = block([fqt.QAT] * 2)
+    net.eval()
+    x = images()
+    out = net(x, residual=x.astype(jnp.bfloat16))
+    np.testing.assert_allclose(out, net(x) + x.astype(jnp.bfloat16), atol=1e-5)
+
+
+@pytest.mark.parametrize("recipes", RECIPES)
+def test_residual_of_another_shape(recipes, monkeypatch):
+    net, x = block(recipes), images()
+    message = "residual must have the shape of the output, (6, 9, 9, 8); got (6, 9, 9, 1)."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        net(x, residual=x[..., :1])
+    with in_turn(monkeypatch), pytest.raises(ValueError, match=re.escape(message)):
+        net(x, residual=x[..., :1])
+
+
+def test_what_does_not_fuse_is_called_and_explained(monkeypatch):
+    rngs = nnx.Rngs(params=0, rounding=1, dropout=2)
+
+    class OwnNorm(nnx.BatchNorm):
+        pass
+
+    net = fqt.Sequential(
+        conv(8, 8, fqt.QAT, rngs=rngs),
+        nnx.gelu,
+        conv(8, 8, fqt.QAT, rngs=rngs),
+        OwnNorm(8, rngs=rngs),
+        conv(8, 8, fqt.QAT, rngs=rngs),
+        lambda x: nnx.relu(x),
+        nnx.Conv(8, 8, (3, 3), rngs=rngs),
+        functools.partial(nnx.max_pool, window_shape=(3, 3), strides=(2, 2)),
+        nnx.Dropout(0.0, rngs=rngs),
+        functools.partial(nnx.avg_pool, window_shape=(2, 2)),
+    )
+    assert runs(net) == [1, None, 2, None, 3, None, None, None, None, None]
+    reasons = [each.why for each in net.explain() if each.run is None]
+    assert reasons == [
+        "gelu is not linear on either side of one kink",
+        "OwnNorm is a subclass of BatchNorm with behaviour of its own",
+        "a lambda cannot be looked into; functools.partial can",
+        "it is not quantized",
+        "only square windows that neither overlap nor are padded fuse",
+        "Dropout is not one of the layers that fuse",
+        "an average is not the maximum of a window",
+    ]
+    assert_both_forms_agree(net, images(), 1e-3, monkeypatch)
+
+
+def test_nested_sequences_fuse_as_one(monkeypatch):
+    rngs = nnx.Rngs(params=0, rounding=1)
+    inner = [fqt.Sequential(conv(8, 8, fqt.QAT, rngs=rngs), nnx.relu) for _ in range(2)]
+    net = fqt.Sequential(*inner)
+    assert [each.place for each in net.explain()] == [
+        "layers/0/layers/0",
+        "layers/0/layers/1",
+        "layers/1/layers/0",
+        "layers/1/layers/1",
+    ]
+    assert runs(net) == [1] * 4
+    assert_both_forms_agree(net, images(), 1e-4, monkeypatch)
+
+
+def test_layers_of_several_arguments_and_no_layers():
+    net = fqt.Sequential(lambda x: (x, 2 * x), lambda a, b: {"a": a, "b": b}, lambda a, b: a + b)
+    np.testing.assert_array_equal(net(jnp.ones(3)), 3 * np.ones(3))
+    np.testing.assert_array_equal(fqt.Sequential()(jnp.ones(3)), np.ones(3))
+    np.testing.assert_array_equal(
+        fqt.Sequential()(jnp.ones(3), residual=jnp.ones(3)), 2 * np.ones(3)
+    )
+
+
+def test_an_empty_batch():
+    net = network([fqt.FQT1] * 3)
+    net.eval()
+    assert net(images()[:0]).shape == (0, 2, 2, 8)
