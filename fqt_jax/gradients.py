@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fqt_jax.functional import RESIDUAL_NAMES
-from fqt_jax.layers import QuantConv, QuantLinear
+from fqt_jax.layer_types import quantized_layers
 from fqt_jax.norms import RowNorm
 from fqt_jax.pruning import draw
 from fqt_jax.recipe import GradientQuantizer
@@ -150,9 +150,8 @@ def drawn_gradients(
                 RowNorm.take_over(norm, drawn.weights * (one_draw.kept(n) / n))
             else:
                 norm.use_running_average = True
-        for _, layer in nnx.iter_modules(model):
-            if isinstance(layer, QuantConv | QuantLinear):
-                layer.recipe = layer.recipe.unpruned()
+        for place in quantized_layers(model):
+            place.module.recipe = place.module.recipe.unpruned()
 
     logits, of_batch = _forward(graphdef, params, others, x, keep_batch_statistics)
     errors = jax.vmap(jax.grad(lambda z, label: losses_of(z[None], label[None])[0]))(logits, y)
