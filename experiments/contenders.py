@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -16,11 +15,9 @@ from flax import nnx
 
 from experiments.cli import UserError
 from fqt_jax.convert import quantize
+from fqt_jax.diagnostics import LayerShape, layer_shapes
 from fqt_jax.estimators import Estimator, FullBatch, OneDraw
-from fqt_jax.functional import resolve_window
 from fqt_jax.kernels import check_implementation, implementations
-from fqt_jax.kernels.contract import Window
-from fqt_jax.layers import QuantConv
 from fqt_jax.models import create_model
 from fqt_jax.optimizers import OptimizerConfig
 from fqt_jax.recipe import FQT1, FULL_PRECISION, RECIPES, Recipe
@@ -240,72 +237,15 @@ def _zeros(tree: Any) -> Any:
 _KEEP_GRADIENTS = optax.GradientTransformation(_zeros, lambda g, state, params=None: (_zeros(g), g))
 
 
-@dataclasses.dataclass(frozen=True)
-class LayerShape:
-    """A layer as the kernels see it.
-
-    Attributes:
-      path: where it stands in the model.
-      input: ``(N, H, W, C)``.
-      output: ``(N, H', W', O)``.
-      window: of the convolution; 1x1 for a dense layer.
-    """
-
-    path: str
-    input: tuple[int, int, int, int]
-    output: tuple[int, int, int, int]
-    window: Window
-
-    @property
-    def products(self) -> int:
-        """Multiply-adds of its forward pass."""
-        return math.prod(self.output) * math.prod(self.window.size) * self.input[3]
-
-
 def layers_of(setting: Setting) -> list[LayerShape]:
-    """The convolutions and dense layers of the model, in its order, with the shapes they meet."""
-    seen: dict[str, LayerShape] = {}
-    paths = []
+    """The convolutions and dense layers of the model, in the order in which they are called."""
+    found: list[LayerShape] = []
 
-    def run(images: jax.Array) -> jax.Array:
-        model, table = quantize(setting.create_model(), FULL_PRECISION)
-        for row in table:
-            paths.append(row.path)
-            *parents, name = row.path.split("/")
-            parent = functools.reduce(_child, parents, model)
-            spy = _Spy(row.path, _child(parent, name), seen)
-            if isinstance(parent, nnx.List):
-                parent[int(name)] = spy
-            else:
-                setattr(parent, name, spy)
-        model.eval()
-        logits: jax.Array = model(images)
-        return logits
+    def trace(images: jax.Array) -> None:
+        found.extend(layer_shapes(setting.create_model(), images))
 
-    jax.eval_shape(run, jax.ShapeDtypeStruct(setting.image_shape, jnp.float32))
-    return [seen[path] for path in paths]
-
-
-def _child(module: Any, name: str) -> Any:
-    return module[int(name)] if isinstance(module, nnx.List) else getattr(module, name)
-
-
-class _Spy(nnx.Module):
-    """Stands in a layer's place and notes the shapes that pass."""
-
-    def __init__(self, path: str, layer: Any, seen: dict[str, LayerShape]):
-        self.layer = layer
-        self._note = lambda *shape: seen.update({path: LayerShape(path, *shape)})
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.layer(x)
-        if isinstance(self.layer, QuantConv):
-            size = self.layer.kernel.shape[:2]
-            window = resolve_window(size, x.shape[1:3], self.layer.strides, self.layer.padding)
-            self._note(x.shape, y.shape, window)
-        else:
-            self._note((x.shape[0], 1, 1, x.shape[1]), (y.shape[0], 1, 1, y.shape[1]), Window())
-        return y
+    jax.eval_shape(trace, jax.ShapeDtypeStruct(setting.image_shape, jnp.float32))
+    return found
 
 
 def step_products(

@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 import fqt_jax as fqt
 from fqt_jax import FQT1, FULL_PRECISION, PSQ1, QAT, binarize, weight_scale
-from fqt_jax.functional import resolve_window
 from fqt_jax.kernels import Window
+from fqt_jax.windows import resolve_window
 from tests import reference
 
 KEY = jax.random.key(5)

@@ -12,7 +12,7 @@ from flax import nnx
 
 from fqt_jax.batches import batch_size, take
 from fqt_jax.estimators.base import Gradients, SplitModel
-from fqt_jax.layers import QuantConv, QuantLinear
+from fqt_jax.layer_types import quantized_layers
 from fqt_jax.losses import Loss
 from fqt_jax.norms import RowNorm
 from fqt_jax.pruning import draw
@@ -104,9 +104,8 @@ class OneDraw:
         def use_batch_statistics(module: Any) -> None:
             for _, norm in _batch_norms(module):
                 RowNorm.take_over(norm, drawn.weights * (k / n))
-            for _, layer in nnx.iter_modules(module):
-                if isinstance(layer, QuantConv | QuantLinear):
-                    layer.recipe = layer.recipe.unpruned()
+            for place in quantized_layers(module):
+                place.module.recipe = place.module.recipe.unpruned()
 
         outputs, of_batch = model.run(model.params, model.others, batch, keep_batch_statistics)
         (seed,) = seeds_from_key(key, 1)
