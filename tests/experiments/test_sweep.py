@@ -12,6 +12,7 @@ from experiments.formats import Table
 from experiments.specs import parse
 from experiments.sweep import Group, Store, SweepConfig, best_rate, collect, parse_all, plan
 from experiments.sweep_plots import pareto_front, plot_curves, plot_pareto
+from experiments.sweep_run import run_groups
 from experiments.sweep_tables import accuracy, differences
 from experiments.tables import mean_gain
 
@@ -127,12 +128,32 @@ def test_failures_are_tried_again_unless_they_diverged(tmp_path):
     assert store.settled(cell)
 
 
-def test_a_damaged_summary_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("summary.json", "{"),
+        ("summary.json", "[]"),
+        ("summary.json", "{}"),
+        ("summary.json", '{"validation_accuracy": "high"}'),
+        ("failure.json", ""),
+        ("failure.json", '{"error": "it failed"}'),
+        ("metrics.jsonl", '{"epoch": 1'),
+        ("metrics.jsonl", "1"),
+        ("metrics.jsonl", None),
+    ],
+)
+def test_a_damaged_file_of_a_cell_is_named_before_anything_runs(name, text, tmp_path):
     store, cell = Store(tmp_path), group().cell(0)
     finish(store, cell)
-    (store.folder(cell) / "summary.json").write_text("{")
-    with pytest.raises(UserError, match=r"summary\.json is damaged: remove its folder"):
-        collect(group(), store)
+    store.check(cell)
+    path = store.folder(cell) / name
+    path.unlink(missing_ok=True) if text is None else path.write_text(text)
+    message = rf"{path} is damaged: remove its folder to run that cell again\.$"
+    with pytest.raises(UserError, match=message):
+        store.check(cell)
+    with pytest.raises(UserError, match=message):
+        run_groups([group()], tmp_path, 1)
+    assert not (tmp_path / "logs").exists()
 
 
 def results(tmp_path, *accuracies):
