@@ -57,6 +57,7 @@ def implementations() -> dict[str, str]:
 
 def check_implementation(name: str | None) -> None:
     """Raises ``ValueError`` for an unknown implementation, or one that is not available here."""
+    native.check_environment()
     if name is None:
         return
     known = implementations()
