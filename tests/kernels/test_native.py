@@ -5,6 +5,7 @@ That they compute what the others do is for the suite that all implementations s
 
 import dataclasses
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -106,9 +107,57 @@ def test_result_does_not_depend_on_threads():
 def test_an_instruction_set_can_be_forced():
     code = "from fqt_jax.kernels import _native, native; print(native.unavailable())"
     assert _run(code, FQT_JAX_ISA="portable").strip() == "None"
-    assert "no-such-set" in _run(code, FQT_JAX_ISA="no-such-set")
     chosen = "from fqt_jax.kernels import _native, native; print(_native.current_isa())"
     assert _run(chosen, FQT_JAX_ISA="portable").strip() == "portable"
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "fqt.implementations()",
+        "fqt.conv(jnp.ones((1, 2, 2, 4)), jnp.ones((1, 1, 4, 4)), recipe=fqt.QAT)",
+        "fqt.QuantConv(4, 4, 1, rngs=nnx.Rngs(0))",
+        "adam().update(jnp.ones(3), adam().init(jnp.ones(3)))",
+    ],
+)
+def test_an_instruction_set_that_does_not_run_is_refused_at_first_use(use):
+    code = f"""
+        import fqt_jax as fqt, jax.numpy as jnp
+        from flax import nnx
+        from fqt_jax.optimizers import scale_by_adam as adam
+        try:
+            {use}
+        except ValueError as error:
+            print(error)
+    """
+    allowed = ", ".join(_supported())
+    message = "FQT_JAX_ISA='no-such-set' names no instruction set that runs here; allowed are "
+    assert _run(code, FQT_JAX_ISA="no-such-set") == f"{message}{allowed}.\n"
+
+
+def test_an_experiment_shows_a_wrong_instruction_set_as_one_line(tmp_path):
+    command = [sys.executable, "-m", "experiments.finetune"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "FQT_JAX_ISA": "no-such-set"}
+    environment["PYTHONPATH"] = str(pathlib.Path(__file__).parents[2])
+    options = {"env": environment, "cwd": tmp_path, "capture_output": True, "text": True}
+    run = subprocess.run(command, check=False, **options)
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: FQT_JAX_ISA='no-such-set' names no instruction set")
+    assert run.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_instruction_set_without_the_extension_is_refused(monkeypatch):
+    monkeypatch.setenv("FQT_JAX_ISA", "avx2")
+    assert "cannot be used: it was not built" in native._select_isa("it was not built")
+    monkeypatch.delenv("FQT_JAX_ISA")
+    assert native._select_isa("it was not built") is None
+
+
+def _supported():
+    from fqt_jax.kernels import _native
+
+    return _native.supported_isas()
 
 
 def test_many_calls_in_flight_do_not_hang():
