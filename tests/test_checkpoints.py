@@ -99,7 +99,7 @@ def test_a_learned_scale_starts_from_the_loaded_weights(tmp_path):
     learned = dataclasses.replace(fqt.QAT, scale="learned")
     target = model(2, recipe=learned)
     load_parameters(tmp_path / "float", target)
-    layer = target.stages[1][0].conv
+    layer = target.features.layers[4]
     expected = fqt.weight_scale(layer.kernel[...])
     np.testing.assert_allclose(layer.scale[...], expected, rtol=1e-6)
     save_checkpoint(tmp_path / "learned", state_of(target)[1], {})
@@ -246,7 +246,7 @@ folder = pathlib.Path(sys.argv[1])
 rng = np.random.default_rng(0)
 params = {f"l{i}": {"kernel": rng.normal(size=(128, 64)).astype(np.float32)} for i in range(30)}
 zero = np.int32(0)
-state = TrainState(params, {}, {}, zero, Metrics(np.float32(0), zero, zero))
+state = TrainState(params, {}, {}, zero, Metrics.zero())
 save_checkpoint(folder / "good", state, {})
 for limit in (0, 1_000, 20_000, 200_000) * 4:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
@@ -283,12 +283,12 @@ def test_arrays_that_are_not_finite_are_named():
     broken = dataclasses.replace(
         state,
         opt_state=moments,
-        metrics=state.metrics._replace(loss=jnp.float32(jnp.nan)),
+        metrics=dataclasses.replace(state.metrics, sums={"loss": jnp.float32(jnp.nan)}),
     )
     assert nonfinite_arrays(broken) == [
         "opt_state.0.mu.head.bias",
         "opt_state.0.nu.head.bias",
-        "metrics.loss",
+        "metrics.sums.loss",
     ]
     others = jax.tree.map(
         lambda x: x * jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else x, state.others

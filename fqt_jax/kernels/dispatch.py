@@ -96,8 +96,13 @@ def _listed(platforms: tuple[str, ...]) -> str:
 
 
 def check_implementation(name: str | None) -> None:
-    """Raises ``ValueError`` for an unknown implementation, or one that is not available here."""
+    """Raises ``ValueError`` for an unknown implementation, or one that is not available here.
+
+    Without a name it raises where the environment asks one of them for what cannot be.
+    """
     if name is None:
+        for each in _IMPLEMENTATIONS.values():
+            each.unavailable()
         return
     reason = _why_not_here(_implementation(name))
     if reason is not None:
