@@ -137,16 +137,16 @@ def test_peak_memory_covers_the_steps():
 
 def test_layer_shapes_and_products_of_a_step():
     layers = layers_of(Setting("resnet18", 0.125, 4, 16))
-    assert [x.path for x in layers[:3]] == ["stem", "blocks/0/conv1", "blocks/0/conv2"]
+    assert [x.path for x in layers[:3]] == ["stem/layers/0", "blocks/0/body/layers/1", "blocks/0/body/layers/4"]
     assert layers[-1].path == "head"
-    strided = next(x for x in layers if x.path == "blocks/2/conv1")
+    strided = next(x for x in layers if x.path == "blocks/2/body/layers/1")
     assert (strided.input, strided.output) == ((4, 16, 16, 8), (4, 8, 8, 16))
     assert strided.products == 4 * 8 * 8 * 16 * 9 * 8
     assert kept_fractions(strided, FQT1) == (0.25, 0.25)
     assert kept_fractions(strided, FULL_PRECISION) == (1.0, 1.0)
     first, second = layers[:2]
     assert step_products(layers[:2], {}) == 2 * first.products + 3 * second.products
-    mixed = step_products(layers[:2], {"blocks/0/conv1": FQT1})
+    mixed = step_products(layers[:2], {"blocks/0/body/layers/1": FQT1})
     assert mixed == 2 * first.products + 1.5 * second.products
 
 
