@@ -144,6 +144,40 @@ def test_a_worker_that_is_saving_saves_when_its_parent_ends():
     assert ended(process) == (143, "", "saved.\n")
 
 
+MAIN = """
+import dataclasses
+from experiments import cli
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    pass
+
+def main(config):
+    print("ready")
+    raise {error}
+
+cli.run(main, Config)
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        ("cli.UserError('wrong\\n  option')", 2, "error: wrong option"),
+        ("OSError(28, 'No space left', 'runs/x')", 2, "error: runs/x: No space left"),
+        ("MemoryError", 1, "error: out of memory (FQT_JAX_TRACEBACK=1 shows where)"),
+        (
+            "RuntimeError('no device\\nframes')",
+            1,
+            "error: no device (FQT_JAX_TRACEBACK=1 shows where)",
+        ),
+        ("cli.Interrupted('saved.')", 130, "saved."),
+    ],
+)
+def test_errors_of_an_experiment_are_one_line_and_a_status(error, status, line):
+    assert ended(start(MAIN.format(error=error))) == (status, "", f"{line}\n")
+
+
 def experiment(*arguments: str, cwd: pathlib.Path, **variables: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "experiments.finetune", *arguments],
