@@ -51,9 +51,10 @@ def begin(folder: pathlib.Path) -> None:
 
 
 def newest(folder: pathlib.Path) -> int:
-    """The step of the newest whole checkpoint, after a comparison of all that it holds."""
-    path, _ = RunCheckpoints(folder).newest()
+    """The step of the newest checkpoint, which is whole, after a comparison of all it holds."""
+    path, wrong = RunCheckpoints(folder).newest()
     assert path is not None
+    assert wrong == []
     step: int = read_metadata(path)["step"]
     assert path.name == f"step_{step:08d}"
     restored, expected = (
