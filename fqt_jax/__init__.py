@@ -2,6 +2,7 @@
 
 from fqt_jax import diagnostics as diagnostics
 from fqt_jax import theory as theory
+from fqt_jax._versions import warn_of_defects as _warn_of_defects
 from fqt_jax.binarize import PackedBits as PackedBits
 from fqt_jax.binarize import binarize as binarize
 from fqt_jax.binarize import weight_scale as weight_scale
@@ -28,3 +29,5 @@ from fqt_jax.recipe import GradientQuantizer as GradientQuantizer
 from fqt_jax.recipe import Recipe as Recipe
 from fqt_jax.recipe import recipe_by_name as recipe_by_name
 from fqt_jax.rounding import stochastic_round as stochastic_round
+
+_warn_of_defects()
