@@ -137,7 +137,8 @@ def test_peak_memory_covers_the_steps():
 
 def test_layer_shapes_and_products_of_a_step():
     layers = layers_of(Setting("resnet18", 0.125, 4, 16))
-    assert [x.path for x in layers[:3]] == ["stem/layers/0", "blocks/0/body/layers/1", "blocks/0/body/layers/4"]
+    first = ["stem/layers/0", "blocks/0/body/layers/1", "blocks/0/body/layers/4"]
+    assert [x.path for x in layers[:3]] == first
     assert layers[-1].path == "head"
     strided = next(x for x in layers if x.path == "blocks/2/body/layers/1")
     assert (strided.input, strided.output) == ((4, 16, 16, 8), (4, 8, 8, 16))
