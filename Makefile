@@ -2,7 +2,7 @@
 # make test       sets up everything and runs the tests
 # make lint       formatting, lint and types
 # make docs       the documentation, in build/docs; a warning is an error
-# make sanitize   the native kernels under the address and undefined-behaviour sanitizers
+# make sanitize   the native kernels under the address and undefined-behaviour sanitizers, spoilt calls too
 # make test-neon  the NEON kernels under an emulator (Debian: g++-aarch64-linux-gnu, qemu-user)
 # make test-avx512  the AVX-512 kernels, emulated (Debian: libsimde-dev)
 PYTHON ?= python3
@@ -39,7 +39,9 @@ SANITIZE := -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
 # Python itself is not instrumented: the sanitizer's runtime has to be loaded first.
 PRELOAD = $(shell $(CXX) -print-file-name=libasan.so):$(shell $(CXX) -print-file-name=libstdc++.so)
 CASES ?= 300
-SANITIZED ?= tests/kernels/test_native.py tests/kernels/test_transforms.py tests/kernels/test_float_conv.py tests/test_adam.py
+SPOILT ?= 20000
+SANITIZED ?= tests/kernels/test_native.py tests/kernels/test_bad_calls.py tests/kernels/test_transforms.py \
+  tests/kernels/test_float_conv.py tests/test_adam.py
 
 sanitize: $(VENV)/.sanitize
 	mkdir -p build/sanitize
@@ -55,7 +57,8 @@ sanitize: $(VENV)/.sanitize
 	cp build/sanitize/cmake/_native*.so build/sanitize/tree/fqt_jax/kernels
 	cd build/sanitize/tree && export LD_PRELOAD=$(PRELOAD) ASAN_OPTIONS=detect_leaks=0 && \
 	  $(abspath $(BIN)/python) -c "import fqt_jax.kernels._native as m; assert 'sanitize' in m.__file__" && \
-	  $(abspath $(BIN)/python) -m pytest -p no:cacheprovider $(SANITIZED)
+	  $(abspath $(BIN)/python) -m pytest -p no:cacheprovider $(SANITIZED) && \
+	  $(abspath $(BIN)/python) -m tests.kernels.native.fuzz 0 $(SPOILT)
 
 test-neon:
 	mkdir -p build

@@ -8,7 +8,7 @@ import pathlib
 from typing import Any, ClassVar, Literal, TypeVar
 
 from experiments.cli import UserError
-from fqt_jax.gradients import OneDraw
+from fqt_jax.estimators import Estimator, FullBatch, OneDraw
 from fqt_jax.kernels import check_implementation
 from fqt_jax.models import MODELS
 from fqt_jax.optimizers import OptimizerConfig
@@ -17,7 +17,7 @@ from fqt_jax.recipe import (
     Importance,
     Prune,
     Recipe,
-    Sampler,
+    SamplerName,
     Scale,
     recipe_by_name,
 )
@@ -44,7 +44,7 @@ class RunConfig:
     """Bits of a gradient code, 1 to 8."""
     keep: float | None = None
     """Fraction of the gradient's groups that is kept, in (0, 1]."""
-    sampler: Sampler | None = None
+    sampler: SamplerName | None = None
     """How the kept groups are drawn."""
     importance: Importance | None = None
     """What a group's keep probability is proportional to."""
@@ -133,17 +133,31 @@ class RunConfig:
         if self.out is not None and self.resume is not None:
             raise UserError("give either out, for a new run, or resume, for one that exists.")
         try:  # now, before any data are read and any folder is made
-            self.build_one_draw()
+            self.build_estimator()
             self.build_optimizer()
             check_implementation(self.implementation)
         except (TypeError, ValueError) as error:
             raise UserError(str(error)) from None
+        if self.diagnose and not self.build_recipe().binary:
+            raise UserError(f"diagnose needs a binary recipe; {self.recipe!r} is not.")
+
+    def check_batch(self, images: int) -> None:
+        """Checks that so many training images make a batch.
+
+        Raises:
+          UserError: they do not.
+        """
+        if self.batch_size > images:
+            raise UserError(
+                f"batch_size is {self.batch_size}, but {self.dataset} has only {images} training "
+                "images."
+            )
 
     def build_recipe(self) -> Recipe:
         """The named recipe with the parts that were changed."""
         recipe = recipe_by_name(self.recipe)
-        changes = _given(self, ("prune", "scale", "clip"))
-        of_gradient = _given(self, ("bits", "keep", "sampler", "importance", "groups"))
+        changes = _given(self, ("scale", "clip"))
+        of_gradient = _given(self, ("bits", "keep", "sampler", "importance", "groups", "prune"))
         if of_gradient:
             if recipe.gradient is None:
                 raise UserError(
@@ -153,10 +167,10 @@ class RunConfig:
             changes["gradient"] = dataclasses.replace(recipe.gradient, **of_gradient)
         return dataclasses.replace(recipe, **changes)
 
-    def build_one_draw(self) -> OneDraw | None:
-        """The draw for the whole network, of the fraction that the recipe keeps; None without."""
+    def build_estimator(self) -> Estimator:
+        """The step's estimator: with one draw, of the fraction that the recipe keeps."""
         if not self.one_draw:
-            return None
+            return FullBatch()
         gradient = self.build_recipe().gradient
         if gradient is None or gradient.keep_fraction == 1:
             raise UserError(f"the recipe {self.recipe!r} prunes nothing: one_draw cannot be set.")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -17,30 +15,28 @@ from flax import nnx
 
 from experiments.cli import UserError
 from fqt_jax.convert import quantize
-from fqt_jax.functional import resolve_window
-from fqt_jax.gradients import OneDraw
+from fqt_jax.diagnostics import LayerShape, layer_shapes
+from fqt_jax.estimators import Estimator, FullBatch, OneDraw
 from fqt_jax.kernels import check_implementation, implementations
-from fqt_jax.kernels.contract import Window
-from fqt_jax.layers import QuantConv
 from fqt_jax.models import create_model
 from fqt_jax.optimizers import OptimizerConfig
 from fqt_jax.recipe import FQT1, FULL_PRECISION, RECIPES, Recipe
-from fqt_jax.training import create_state, cross_entropy, make_train_step
+from fqt_jax.training import CrossEntropy, create_state, make_train_step
 
 PHASES = ("forward", "forward_backward", "update", "total")
 LEARNING_RATE = 1e-3
 
 
 class Variant(NamedTuple):
-    """A recipe, and options of ``make_train_step`` with it."""
+    """A recipe, and the step's estimator with it."""
 
     recipe: Recipe
-    step_options: Mapping[str, Any] = MappingProxyType({})
+    estimator: Estimator = FullBatch()
 
 
 SPEED_RECIPES: dict[str, Variant] = {
     **{name: Variant(recipe) for name, recipe in RECIPES.items()},
-    "fqt1_one_draw": Variant(FQT1, {"one_draw": OneDraw()}),
+    "fqt1_one_draw": Variant(FQT1, OneDraw()),
 }
 """The named recipes, and FQT1 with samples drawn once a step."""
 
@@ -111,7 +107,7 @@ class JaxContender:
       name: how it is called.
       recipe: the recipe that the model is converted by; ``None`` leaves it as its user wrote it.
       implementation: of the kernels.
-      step_options: further arguments of ``make_train_step``.
+      estimator: of the step.
     """
 
     def __init__(
@@ -119,11 +115,11 @@ class JaxContender:
         name: str,
         recipe: Recipe | None,
         implementation: str | None = None,
-        step_options: Mapping[str, Any] | None = None,
+        estimator: Estimator = FullBatch(),
     ):
         self.name = name
         self._recipe, self._implementation = recipe, implementation
-        self._step_options = dict(step_options or {})
+        self._estimator = estimator
 
     def build(self, setting: Setting) -> None:
         """See :class:`Contender`."""
@@ -142,11 +138,10 @@ class JaxContender:
 
         # One compiled program in place of some hundred small ones.
         self._state, self._grads = jax.jit(start)()
-        one_draw = self._step_options.get("one_draw")
-        self._products = step_products(layers_of(setting), recipes, one_draw)
+        self._products = step_products(layers_of(setting), recipes, self._estimator)
         images, labels = map(jnp.asarray, setting.batch())
-        indices = jnp.arange(setting.batch_size, dtype=jnp.int32)
-        self._batch = (images, labels, indices, jax.random.key(0))
+        self._batch, self._key = (images, labels), jax.random.key(0)
+        self._loss = CrossEntropy(setting.num_classes)
 
     # Compiled at their first use: who only wants whole steps need not wait for the parts.
 
@@ -161,7 +156,7 @@ class JaxContender:
 
     @functools.cached_property
     def _forward(self) -> Any:
-        return _forward(self._graphdef).lower(self._state, *self._batch[:2]).compile()
+        return _forward(self._graphdef, self._loss).lower(self._state, self._batch).compile()
 
     @functools.cached_property
     def _update(self) -> Any:
@@ -169,15 +164,17 @@ class JaxContender:
         return _update(self._optimizer).lower(*operands).compile()
 
     def _compile_step(self, optimizer: optax.GradientTransformation, state: Any) -> Any:
-        step: Any = make_train_step(self._graphdef, optimizer, **self._step_options)
-        return step.lower(state, *self._batch).compile()
+        step = make_train_step(
+            self._graphdef, optimizer, loss=self._loss, estimator=self._estimator
+        )
+        return step.jitted.lower(state, self._batch, self._key).compile()
 
     def _with_grads(self) -> Any:
         return dataclasses.replace(self._state, opt_state=self._grads)
 
     def step(self) -> None:
         """See :class:`Contender`."""
-        self._state, loss = self._total(self._state, *self._batch)
+        self._state, loss = self._total(self._state, self._batch, self._key)
         jax.block_until_ready((self._state, loss))
 
     def phases(self) -> dict[str, Callable[[], None]]:
@@ -189,11 +186,12 @@ class JaxContender:
         }
 
     def _run_forward(self) -> None:
-        jax.block_until_ready(self._forward(self._state, *self._batch[:2]))
+        jax.block_until_ready(self._forward(self._state, self._batch))
 
     def _run_forward_backward(self) -> None:
         opt_state = self._state.opt_state
-        new, _ = jax.block_until_ready(self._forward_backward(self._with_grads(), *self._batch))
+        operands = (self._with_grads(), self._batch, self._key)
+        new, _ = jax.block_until_ready(self._forward_backward(*operands))
         self._grads = new.opt_state
         self._state = dataclasses.replace(new, opt_state=opt_state)
 
@@ -211,13 +209,13 @@ class JaxContender:
         return {"products": self._products, "memory": memory or None}
 
 
-def _forward(graphdef: Any) -> Any:
+def _forward(graphdef: Any, loss: CrossEntropy) -> Any:
     @jax.jit
-    def forward(state: Any, images: jax.Array, labels: jax.Array) -> Any:
+    def forward(state: Any, batch: tuple[jax.Array, jax.Array]) -> Any:
         model = nnx.merge(graphdef, state.params, state.others, copy=True)
         model.train()
-        loss = jnp.mean(cross_entropy(model(images), labels))
-        return loss, nnx.split(model, nnx.Param, ...)[2]
+        mean = jnp.mean(loss(model(batch[0]), batch))
+        return mean, nnx.split(model, nnx.Param, ...)[2]
 
     return forward
 
@@ -239,89 +237,35 @@ def _zeros(tree: Any) -> Any:
 _KEEP_GRADIENTS = optax.GradientTransformation(_zeros, lambda g, state, params=None: (_zeros(g), g))
 
 
-@dataclasses.dataclass(frozen=True)
-class LayerShape:
-    """A layer as the kernels see it.
-
-    Attributes:
-      path: where it stands in the model.
-      input: ``(N, H, W, C)``.
-      output: ``(N, H', W', O)``.
-      window: of the convolution; 1x1 for a dense layer.
-    """
-
-    path: str
-    input: tuple[int, int, int, int]
-    output: tuple[int, int, int, int]
-    window: Window
-
-    @property
-    def products(self) -> int:
-        """Multiply-adds of its forward pass."""
-        return math.prod(self.output) * math.prod(self.window.size) * self.input[3]
-
-
 def layers_of(setting: Setting) -> list[LayerShape]:
-    """The convolutions and dense layers of the model, in its order, with the shapes they meet."""
-    seen: dict[str, LayerShape] = {}
-    paths = []
+    """The convolutions and dense layers of the model, in the order in which they are called."""
+    found: list[LayerShape] = []
 
-    def run(images: jax.Array) -> jax.Array:
-        model, table = quantize(setting.create_model(), FULL_PRECISION)
-        for row in table:
-            paths.append(row.path)
-            *parents, name = row.path.split("/")
-            parent = functools.reduce(_child, parents, model)
-            spy = _Spy(row.path, _child(parent, name), seen)
-            if isinstance(parent, nnx.List):
-                parent[int(name)] = spy
-            else:
-                setattr(parent, name, spy)
-        model.eval()
-        logits: jax.Array = model(images)
-        return logits
+    def trace(images: jax.Array) -> None:
+        found.extend(layer_shapes(setting.create_model(), images))
 
-    jax.eval_shape(run, jax.ShapeDtypeStruct(setting.image_shape, jnp.float32))
-    return [seen[path] for path in paths]
-
-
-def _child(module: Any, name: str) -> Any:
-    return module[int(name)] if isinstance(module, nnx.List) else getattr(module, name)
-
-
-class _Spy(nnx.Module):
-    """Stands in a layer's place and notes the shapes that pass."""
-
-    def __init__(self, path: str, layer: Any, seen: dict[str, LayerShape]):
-        self.layer = layer
-        self._note = lambda *shape: seen.update({path: LayerShape(path, *shape)})
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.layer(x)
-        if isinstance(self.layer, QuantConv):
-            size = self.layer.kernel.shape[:2]
-            window = resolve_window(size, x.shape[1:3], self.layer.strides, self.layer.padding)
-            self._note(x.shape, y.shape, window)
-        else:
-            self._note((x.shape[0], 1, 1, x.shape[1]), (y.shape[0], 1, 1, y.shape[1]), Window())
-        return y
+    jax.eval_shape(trace, jax.ShapeDtypeStruct(setting.image_shape, jnp.float32))
+    return found
 
 
 def step_products(
-    layers: Sequence[LayerShape], recipes: Mapping[str, Recipe], one_draw: OneDraw | None = None
+    layers: Sequence[LayerShape],
+    recipes: Mapping[str, Recipe],
+    estimator: Estimator = FullBatch(),
 ) -> int:
     """Multiply-adds of a step's convolutions and dense layers that the recipes leave to be done.
 
     Args:
       layers: of the model; the first needs no input gradient.
       recipes: by a layer's path; full precision where there is none.
-      one_draw: of the step: a forward pass of the whole batch, and all passes of the rows drawn.
+      estimator: of the step. With :class:`OneDraw` there is a forward pass of the whole batch, and
+        all passes of the rows drawn.
     """
     total = 0.0
     for i, layer in enumerate(layers):
-        if one_draw is not None:
+        if isinstance(estimator, OneDraw):
             n = layer.output[0]
-            total += layer.products * (1 + one_draw.kept(n) / n * (3 if i else 2))
+            total += layer.products * (1 + estimator.kept(n) / n * (3 if i else 2))
             continue
         recipe = recipes.get(layer.path, FULL_PRECISION)
         of_input, of_weight = kept_fractions(layer, recipe)
@@ -334,9 +278,8 @@ def kept_fractions(layer: LayerShape, recipe: Recipe) -> tuple[float, float]:
     gradient = recipe.gradient
     if gradient is None:
         return 1.0, 1.0
-    n, o = layer.output[0], layer.output[3]
-    samples, channels = gradient.kept(n) / n, gradient.kept(o) / o
-    return samples, channels if recipe.prune == "channels" else samples
+    sizes = {"samples": layer.output[0], "channels": layer.output[3]}
+    return gradient.kept_part("input", **sizes), gradient.kept_part("weight", **sizes)
 
 
 class Roster:
@@ -361,13 +304,13 @@ class Roster:
         everything: dict[str, Contender] = {"torch": TorchContender("torch")}
         everything["jax"] = JaxContender("jax", None)
         for name in recipes:
-            recipe, options = SPEED_RECIPES[name]
+            recipe, estimator = SPEED_RECIPES[name]
             if not recipe.binary:
                 everything[name] = JaxContender(name, recipe)
                 continue
             for each in resolve_implementations(implementations) if implementations else [None]:
                 key = f"{name}/{each or 'auto'}"
-                everything[key] = JaxContender(key, recipe, each, options)
+                everything[key] = JaxContender(key, recipe, each, estimator)
         for name in chosen:
             if name not in everything:
                 raise UserError(f"unknown contender {name!r}; known: {', '.join(everything)}.")

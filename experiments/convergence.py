@@ -31,9 +31,9 @@ QUANTIZERS: dict[str, Quantization] = {
     "PSQ, 2 bits": Quantization(GradientQuantizer(2, 1.0, groups="sample"), "weight"),
     "PSQ, 4 bits": Quantization(GradientQuantizer(4, 1.0, groups="sample"), "weight"),
     "AGP 4 bits, 1/4 of channels": Quantization(GradientQuantizer(4), "weight"),
-    "AGP 4 bits, 1/4 of samples": Quantization(GradientQuantizer(4), "weight", "shared"),
+    "AGP 4 bits, 1/4 of samples": Quantization(GradientQuantizer(4, prune="shared"), "weight"),
     "AGP 4 bits, 1/16 of samples": Quantization(
-        GradientQuantizer(4, 1 / 16, "bernoulli"), "weight", "shared"
+        GradientQuantizer(4, 1 / 16, "bernoulli", prune="shared"), "weight"
     ),
 }
 """The real sources of noise, in the weight gradient."""

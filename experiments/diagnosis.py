@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.cli import UserError
 from experiments.config import RunConfig
 from experiments.data import Dataset
 from experiments.data.augment import normalize
@@ -33,17 +32,12 @@ class Diagnosis:
     signs of the weights, goes into the run's checkpoints.
 
     Args:
-      config: the options of the run.
+      config: the options of the run, whose recipe is binary.
       dataset: its data; the first training images are the batch.
       graphdef, state: its model before training.
-
-    Raises:
-      UserError: the run's recipe quantizes nothing.
     """
 
     def __init__(self, config: RunConfig, dataset: Dataset, graphdef: Any, state: TrainState):
-        if not config.build_recipe().binary:
-            raise UserError(f"diagnose needs a binary recipe; {config.recipe!r} is not.")
         images = normalize(
             jnp.asarray(dataset.train.images[:_IMAGES]), mean=dataset.mean, std=dataset.std
         )

@@ -36,8 +36,8 @@ from experiments.data.augment import normalize
 from experiments.formats import Table
 from experiments.plain_training import plain_epochs
 from experiments.sweep import parse_all
-from fqt_jax.gradients import LossesOf, OneDraw, batch_gradients, drawn_gradients
-from fqt_jax.training import cross_entropy
+from fqt_jax.estimators import Estimator, SplitModel
+from fqt_jax.training import CrossEntropy
 from fqt_jax.tree import leaf_name
 
 _BLOCK = 8
@@ -173,8 +173,8 @@ def relative_error(blocks: np.ndarray, mean_square: float, draws: int, norm: flo
     return Error(*(float(value) / norm for value in (noise, bias, np.sqrt(3 * sigma))))
 
 
-class ConstantNorm(nnx.BatchNorm):
-    """Batch norm whose statistics are constants, in training as well."""
+class ConstantNorm(nnx.Module):
+    """Batch norm whose statistics are constants, in training as well: no samples meet in it."""
 
     @classmethod
     def take_over_all(cls, model: Any, x: jax.Array) -> None:
@@ -187,16 +187,18 @@ class ConstantNorm(nnx.BatchNorm):
         for norm in norms:
             norm.__class__ = cls
 
-    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         """Normalizes ``x[N, ..., C]``."""
-        return super().__call__(x, use_running_average=True)
+        own: Any = self
+        y: jax.Array = nnx.BatchNorm.__call__(own, x, use_running_average=True)
+        return y
 
 
 class _Estimator:
     """A recipe's gradient on a batch, that of all kernels in one vector."""
 
     def __init__(
-        self, model: nnx.Module, one_draw: OneDraw | None, losses_of: LossesOf, *, constant: bool
+        self, model: nnx.Module, estimator: Estimator, loss: CrossEntropy, *, constant: bool
     ):
         graphdef, _, others = nnx.split(model, nnx.Param, ...)
 
@@ -206,12 +208,7 @@ class _Estimator:
             if constant:
                 ConstantNorm.take_over_all(fresh, x)
             nnx.reseed(fresh, rounding=rounding_key)
-            graph, values, rest = nnx.split(fresh, nnx.Param, ...)
-            operands = (graph, values, rest, x, y, losses_of)
-            if one_draw is None:
-                result = batch_gradients(*operands)
-            else:
-                result = drawn_gradients(*operands, one_draw, draw_key)
+            result = estimator.gradients(SplitModel.of(fresh), (x, y), loss, draw_key)
             return jnp.concatenate([jnp.ravel(g) for g in _kernels(result.grads).values()])
 
         self.gradient = jax.jit(gradient)
@@ -283,12 +280,12 @@ def main(config: EstimatorsConfig) -> None:
     if max(config.batch_size, config.images) > len(dataset.train):
         raise cli.UserError(f"there are only {len(dataset.train)} training images.")
     folder = folders.run_folder(config, "estimators")
-    folders.write_config(config, folder)
 
     def estimator(run: RunConfig) -> _Estimator:
         model = tasks.build_task(run, dataset, None).model
         constant = config.statistics == "constant"
-        return _Estimator(model, run.build_one_draw(), cross_entropy, constant=constant)
+        loss = CrossEntropy(dataset.num_classes)
+        return _Estimator(model, run.build_estimator(), loss, constant=constant)
 
     runs = config.runs()
     estimators = {label: estimator(run) for label, run in runs.items()}

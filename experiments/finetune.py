@@ -8,13 +8,14 @@ once and keeps the result for later runs.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import pathlib
 from typing import ClassVar
 
-from experiments import cli, folders, reporting, runner, tasks
+from experiments import cli, folders, locks, process, reporting, runner, tasks
 from experiments.config import RunConfig, read_config
 from experiments.data import Dataset
 from experiments.pretrain import PretrainConfig
@@ -56,16 +57,19 @@ class FinetuneConfig(RunConfig):
 
 def main(config: FinetuneConfig) -> None:
     """Runs the experiment."""
-    folder = config.resume
-    if folder is not None:
-        config = read_config(config, folder)
-    dataset = tasks.load_dataset(config)
-    task = build_task(config, dataset, folder)
-    folder = folder or folders.run_folder(config, "finetune")
-    folders.write_config(config, folder)
-    print(task.table)
-    summary = runner.train(config, task, folder, "finetune")
-    reporting.print_summary(summary, folder)
+    with contextlib.ExitStack() as held:
+        folder = config.resume
+        if folder is not None:
+            config = read_config(config, folder)
+            held.enter_context(folders.continuing(folder, "finetune"))
+        dataset = tasks.load_dataset(config)
+        config.check_batch(len(dataset.train))
+        task = build_task(config, dataset, folder)
+        if folder is None:
+            folder = held.enter_context(folders.starting(config, "finetune"))
+        print(task.table)
+        summary = runner.train(config, task, folder, "finetune")
+        reporting.print_summary(summary, folder)
 
 
 def build_task(config: FinetuneConfig, dataset: Dataset, folder: pathlib.Path | None) -> tasks.Task:
@@ -110,24 +114,41 @@ def pretraining(config: FinetuneConfig, image_size: int) -> PretrainConfig:
 
 
 def _pretrained(config: FinetuneConfig, dataset: Dataset) -> pathlib.Path:
-    """A model pretrained on mnist5k, from the cache or made now; a broken-off one is continued."""
+    """A model pretrained on mnist5k, from the cache or made now; a broken-off one is continued.
+
+    Of several processes that want the same one, one makes it and the others wait for it.
+    """
     options = pretraining(config, dataset.image_size[0])
     digest = hashlib.sha256(json.dumps(options.to_json(), sort_keys=True).encode()).hexdigest()
     folder = config.cache / f"{config.model}-mnist5k-{digest[:12]}"
-    if (folder / "summary.json").exists():
-        found = latest_checkpoint(folder / "checkpoints")
-        if found is not None:
-            print(f"starting from the pretrained model in {folder}")
-            return found
+    # A finished one needs no lock: the cache may be one that cannot be written.
+    if not _finished(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with locks.locked(folder, wait_for=f"pretrains in {folder}"):
+            if not _finished(folder):
+                _pretrain(options, folder)
+    print(f"starting from the pretrained model in {folder}")
+    return folders.checkpoint_at(folder)
+
+
+def _finished(folder: pathlib.Path) -> bool:
+    checkpoint = latest_checkpoint(folder / "checkpoints")
+    return checkpoint is not None and (folder / "summary.json").exists()
+
+
+def _pretrain(options: PretrainConfig, folder: pathlib.Path) -> None:
     print(f"pretraining on mnist5k once; the result is kept in {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
+    on_stop = "the same command continues with the pretraining."
+    process.if_stopped(on_stop)
     folders.write_config(options, folder)
+    (folder / "summary.json").unlink(missing_ok=True)  # of one whose checkpoint was removed
     task = tasks.build_task(options, tasks.load_dataset(options), None)
-    reporting.print_summary(runner.train(options, task, folder, "pretrain"), folder)
-    found = latest_checkpoint(folder / "checkpoints")
-    if found is None:
-        raise cli.UserError(f"the pretrained model in {folder} has lost its checkpoint: remove it.")
-    return found
+    try:
+        summary = runner.train(options, task, folder, "pretrain")
+    except process.Interrupted:
+        raise process.Interrupted(f"stopped and saved; {on_stop}") from None
+    reporting.print_summary(summary, folder)
+    process.if_stopped("")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ against the exact formula. Writes JSON lines and pictures.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 import time
@@ -28,13 +27,9 @@ from experiments.config import RunConfig
 from experiments.data import Dataset
 from experiments.data.augment import normalize
 from experiments.plain_training import plain_epochs
+from experiments.steps import build_eval_step, evaluate, on_device
 from fqt_jax import diagnostics
-from fqt_jax.training import (
-    Metrics,
-    TrainState,
-    make_eval_step,
-    merge_model,
-)
+from fqt_jax.training import TrainState, merge_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,19 +88,17 @@ def main(config: StatisticsConfig) -> None:
         raise cli.UserError(f"there are only {len(dataset.train)} training images.")
     task = tasks.build_task(config, dataset, None)
     folder = folders.run_folder(config, "gradients")
-    folders.write_config(config, folder)
     print(task.table)
-    prepare = functools.partial(normalize, mean=dataset.mean, std=dataset.std)
     n = config.diagnosed_images
     batch = Batch(
-        prepare(jnp.asarray(dataset.train.images[:n])),
+        normalize(dataset.train.images[:n], dataset.mean, dataset.std),
         jnp.asarray(dataset.train.labels[:n]),
         jax.random.key(config.seed + 1),
     )
     print(diagnostics.budget(task.model, batch.images))
     records, graphdef, states = [], None, {}
     with (folder / "statistics.jsonl").open("w") as file:
-        for epoch, graphdef, state, found in _train(config, dataset, task.model, prepare, batch):
+        for epoch, graphdef, state, found in _train(config, dataset, task.model, batch):
             records.append(found)
             file.write(json.dumps(found) + "\n")
             file.flush()
@@ -138,14 +131,15 @@ def main(config: StatisticsConfig) -> None:
 
 
 def _train(
-    config: StatisticsConfig, dataset: Dataset, model: nnx.Module, prepare: Any, batch: Batch
+    config: StatisticsConfig, dataset: Dataset, model: nnx.Module, batch: Batch
 ) -> Iterator[tuple[int, Any, TrainState, dict[str, Any]]]:
     """Yields (epoch, graphdef, state, record), from epoch 0, before training, to the last."""
-    evaluate, previous = None, None
-    held_out = [jnp.asarray(a) for a in (dataset.validation.images, dataset.validation.labels)]
+    step, previous = None, None
+    held_out = on_device(dataset.validation)
     for epoch, graphdef, state in plain_epochs(config, dataset, model):
-        if evaluate is None:
-            evaluate = make_eval_step(graphdef, preprocess=prepare)
+        if step is None:
+            step = build_eval_step(dataset, graphdef)
+        validation = evaluate(step, state, held_out, config.batch_size)
         trained = state.metrics.means() if epoch else None
         yield (
             epoch,
@@ -155,21 +149,13 @@ def _train(
                 "epoch": epoch,
                 "train_loss": trained and trained["loss"],
                 "train_accuracy": trained and trained["accuracy"],
-                "validation_accuracy": _accuracy(evaluate, state, held_out, config.batch_size),
+                "validation_accuracy": validation["accuracy"],
                 "diagnosis": diagnostics.diagnose(
                     graphdef, state, *batch, passes=config.passes, previous=previous
                 ),
             },
         )
         previous = jax.tree.map(jnp.copy, state.params)
-
-
-def _accuracy(evaluate: Any, state: TrainState, data: list[jax.Array], batch: int) -> float:
-    metrics, n = Metrics.zero(), data[1].shape[0]
-    for start in range(0, n, batch):
-        indices = np.arange(start, start + batch, dtype=np.int32)
-        metrics = evaluate(state, metrics, *data, jnp.asarray(np.where(indices < n, indices, -1)))
-    return metrics.means()["accuracy"]
 
 
 def _line(found: dict[str, Any], epochs: int) -> str:

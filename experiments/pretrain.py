@@ -5,6 +5,7 @@ python -m experiments.pretrain --dataset mnist5k --model resnet18 --out runs/pre
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 from experiments import cli, folders, reporting, runner, tasks
@@ -27,14 +28,18 @@ class PretrainConfig(RunConfig):
 
 def main(config: PretrainConfig) -> None:
     """Runs the experiment."""
-    folder = config.resume
-    if folder is not None:
-        config = read_config(config, folder)
-    task = tasks.build_task(config, tasks.load_dataset(config), None)
-    folder = folder or folders.run_folder(config, "pretrain")
-    folders.write_config(config, folder)
-    summary = runner.train(config, task, folder, "pretrain")
-    reporting.print_summary(summary, folder)
+    with contextlib.ExitStack() as held:
+        folder = config.resume
+        if folder is not None:
+            config = read_config(config, folder)
+            held.enter_context(folders.continuing(folder, "pretrain"))
+        dataset = tasks.load_dataset(config)
+        config.check_batch(len(dataset.train))
+        task = tasks.build_task(config, dataset, None)
+        if folder is None:
+            folder = held.enter_context(folders.starting(config, "pretrain"))
+        summary = runner.train(config, task, folder, "pretrain")
+        reporting.print_summary(summary, folder)
 
 
 if __name__ == "__main__":

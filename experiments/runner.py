@@ -4,60 +4,47 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import json
 import math
 import pathlib
-import shutil
-import statistics
 import time
-from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from collections.abc import Hashable
+from typing import Any, NamedTuple, NoReturn
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
 
 from experiments import reporting
-from experiments.cli import Interrupted, StopOnSignal, UserError
+from experiments.cli import UserError
 from experiments.config import RunConfig
-from experiments.data import Split, epoch_order
-from experiments.data.augment import augment, normalize
+from experiments.data import epoch_order
 from experiments.diagnosis import Diagnosis
 from experiments.folders import write_json, write_text
+from experiments.process import Interrupted, StopOnSignal
+from experiments.run_checkpoints import RunCheckpoints
+from experiments.steps import METRICS, Data, build_eval_step, build_train_step, evaluate, on_device
+from experiments.summaries import read_summary, summarize
 from experiments.tasks import Task, augmentation
-from fqt_jax.checkpoints import (
-    latest_checkpoint,
-    read_metadata,
-    restore_checkpoint,
-    save_checkpoint,
-)
-from fqt_jax.training import (
-    Metrics,
-    create_state,
-    make_eval_step,
-    make_train_step,
-    reset_metrics,
-)
+from fqt_jax.checkpoints import nonfinite_arrays, read_metadata, restore_checkpoint
+from fqt_jax.steps import GatheredEvalStep, GatheredTrainStep
+from fqt_jax.training import create_state, reset_metrics
 
 _IN_FLIGHT = 4
 """Steps dispatched ahead of the device, so that it never waits, nor the user after Ctrl-C."""
 
-Data = tuple[jax.Array, jax.Array]
-
 
 class Diverged(UserError):
-    """The loss is not a number any more."""
+    """The loss, or a part of the state, is not a finite number any more."""
 
 
 class Steps(NamedTuple):
     """An optimizer with its compiled steps: the same for runs that differ in seed or rates."""
 
     optimizer: optax.GradientTransformation
-    train: Callable[..., Any]
-    evaluate: Callable[..., Metrics]
+    train: GatheredTrainStep
+    evaluate: GatheredEvalStep
 
 
 SharedSteps = dict[Hashable, Steps]
@@ -75,9 +62,12 @@ def train(
 ) -> dict[str, Any]:
     """Trains, from the start or from the folder's last checkpoint, to the end.
 
-    Writes to the folder after each epoch: a line of ``metrics.jsonl``, a checkpoint, and the
+    Writes to the folder after each epoch: a checkpoint, a line of ``metrics.jsonl``, and the
     picture of the curves, with ``diagnose`` also ``diagnosis.png``; at the end ``summary.json``,
     with the accuracy on the test split, which nothing before has looked at.
+
+    The last two checkpoints are kept. A state that is not finite is never saved. Where the last
+    checkpoint is damaged, the run goes on from the one before, and says so.
 
     Args:
       config: the options.
@@ -92,8 +82,11 @@ def train(
 
     Raises:
       Interrupted: a signal stopped the run; its state is saved.
-      Diverged: the loss is not a number any more.
-      UserError: there are fewer images than one batch.
+      Diverged: the loss, or a part of the state, is not a finite number any more.
+      UserError: there are fewer images than one batch; or the folder has no checkpoint that is
+        whole although one was saved, or a damaged summary.
+      CheckpointError: a checkpoint cannot be saved, or is of another model.
+      OSError: another file cannot be written.
     """
     return _Run(config, task, folder, kind, {} if shared is None else shared, save_seconds).go()
 
@@ -101,17 +94,9 @@ def train(
 def _steps(config: RunConfig, task: Task, graphdef: Any, total_steps: int) -> Steps:
     dataset = task.dataset
     optimizer = config.build_optimizer().build(nnx.state(task.model, nnx.Param), total_steps)
-    prepare = functools.partial(normalize, mean=dataset.mean, std=dataset.std)
     flip, pad = augmentation(config, dataset)
-    train_step = make_train_step(
-        graphdef,
-        optimizer,
-        smoothing=config.label_smoothing,
-        preprocess=lambda x, key: prepare(augment(x, key, flip=flip, pad=pad)),
-        one_draw=config.build_one_draw(),
-        stratify=config.stratify,
-    )
-    return Steps(optimizer, train_step, make_eval_step(graphdef, preprocess=prepare))
+    train_step = build_train_step(config, dataset, graphdef, optimizer, flip=flip, pad=pad)
+    return Steps(optimizer, train_step, build_eval_step(dataset, graphdef))
 
 
 class _Run:
@@ -139,13 +124,14 @@ class _Run:
         if program not in shared:
             shared[program] = _steps(config, task, graphdef, self.total_steps)
         self.steps = shared[program]
-        _, state = create_state(task.model, self.steps.optimizer)
+        _, state = create_state(task.model, self.steps.optimizer, METRICS)
         opt_state = config.build_optimizer().set_rates(state.opt_state)
         self.state = dataclasses.replace(state, opt_state=opt_state)
         self.key = jax.random.key(config.seed)
         self.start = task.start
         self.history: list[dict[str, Any]] = []
         self.step_seconds: list[float] = []
+        self.checkpoints = RunCheckpoints(folder / "checkpoints")
         self.saved_at = time.perf_counter()
         self.diagnosis = Diagnosis(config, dataset, graphdef, state) if config.diagnose else None
 
@@ -153,22 +139,31 @@ class _Run:
         summary_path = self.folder / "summary.json"
         if summary_path.exists():
             print(f"{self.folder} is complete already.")
-            return dict(json.loads(summary_path.read_text()))
+            return read_summary(summary_path)
         self._restore()
         (self.folder / "layers.txt").write_text(f"{self.task.table}\n")
         dataset = self.task.dataset
-        train_data = _on_device(dataset.train)
-        validation_data = _on_device(dataset.validation)
+        train_data = on_device(dataset.train)
+        validation_data = on_device(dataset.validation)
         began = time.perf_counter()
         with StopOnSignal() as stop, reporting.Progress(self.total_steps) as progress:
             for epoch in range(int(self.state.step) // self.steps_per_epoch, self.config.epochs):
                 self._train_epoch(epoch, train_data, stop, progress)
                 self._end_epoch(epoch, validation_data, progress)
-                if stop.requested and epoch + 1 < self.config.epochs:
-                    self._save()
-                    raise Interrupted(self._how_to_resume())
-        test = self._evaluate(_on_device(dataset.test))
-        summary = self._summary(test, time.perf_counter() - began)
+                if stop.requested:
+                    self._save_and_stop(epoch)
+        summary = summarize(
+            self.config,
+            self.task,
+            self.state.params,
+            experiment=self.kind,
+            start=self.start,
+            steps=self.total_steps,
+            last=self.history[-1],
+            test=self._evaluate(on_device(dataset.test)),
+            step_seconds=self.step_seconds,
+            seconds=time.perf_counter() - began,
+        )
         write_json(summary_path, summary)
         reporting.plot_curves(self.history, summary, self.folder / "curves.png")
         return summary
@@ -176,39 +171,45 @@ class _Run:
     def _train_epoch(
         self, epoch: int, data: Data, stop: StopOnSignal, progress: reporting.Progress
     ) -> None:
+        labels = self.task.dataset.train.labels
         order = epoch_order(
-            len(self.task.dataset.train), self.config.batch_size, self.config.seed, epoch
+            len(labels),
+            self.config.batch_size,
+            self.config.seed,
+            epoch,
+            labels=labels if self.config.stratify else None,
         )
-        in_flight: collections.deque[jax.Array] = collections.deque()
+        in_flight: collections.deque[tuple[int, jax.Array]] = collections.deque()
         finished: list[float] = []
 
         def wait() -> float:
-            loss = float(in_flight.popleft())
+            step, loss = in_flight.popleft()
+            value = float(loss)
             finished.append(time.perf_counter())
-            return loss
+            if not math.isfinite(value):
+                raise self._diverged(f"the loss became {value} at step {step}", epoch)
+            return value
 
         first = int(self.state.step) % self.steps_per_epoch
         for i in range(first, self.steps_per_epoch):
-            self.state, loss = self.steps.train(self.state, *data, jnp.asarray(order[i]), self.key)
-            in_flight.append(loss)
+            self.state, loss = self.steps.train(self.state, data, order[i], self.key)
+            stop.defer()  # before its first step a run has nothing to save
             done = epoch * self.steps_per_epoch + i + 1
+            in_flight.append((done, loss))
             if len(in_flight) > _IN_FLIGHT:
                 # The loss of a step long dispatched: the device is not kept waiting for it.
                 progress.step(done, epoch, wait(), self.config.batch_size)
             if stop.requested and i + 1 < self.steps_per_epoch:
-                self._save()
-                raise Interrupted(self._how_to_resume())
+                while in_flight:
+                    wait()
+                self._save_and_stop(epoch)
         while in_flight:
             wait()
         self.step_seconds += np.diff(finished).tolist()
 
     def _end_epoch(self, epoch: int, validation: Data, progress: reporting.Progress) -> None:
+        self._check_finite(epoch)
         trained = self.state.metrics.means()
-        if not math.isfinite(trained["loss"]):
-            raise Diverged(
-                f"the loss became {trained['loss']} in epoch {epoch + 1}: lower the learning "
-                f"rate. The run's last good state is in {self.folder / 'checkpoints'}."
-            )
         held_out = self._evaluate(validation)
         line: dict[str, Any] = {
             "epoch": epoch + 1,
@@ -222,34 +223,47 @@ class _Run:
             line["diagnosis"] = self.diagnosis.after_epoch(self.state)
         self.history.append(line)
         self.state = reset_metrics(self.state)
-        text = "".join(json.dumps(entry) + "\n" for entry in self.history)
-        write_text(self.folder / "metrics.jsonl", text)
-        if time.perf_counter() - self.saved_at >= self.save_seconds:
+        due = time.perf_counter() - self.saved_at >= self.save_seconds
+        if due:
             self._save()
+        self._write_metrics()
+        if due:
             reporting.plot_curves(self.history, None, self.folder / "curves.png")
         progress.epoch(line, self.config.epochs)
         if self.diagnosis:
             self.diagnosis.report(self.history, self.folder)
 
     def _evaluate(self, data: Data) -> dict[str, float]:
-        metrics = Metrics.zero()
-        n, batch = data[1].shape[0], self.config.batch_size
-        for start in range(0, n, batch):
-            indices = np.arange(start, start + batch, dtype=np.int32)
-            indices[indices >= n] = -1
-            metrics = self.steps.evaluate(self.state, metrics, *data, jnp.asarray(indices))
-        return metrics.means()
+        return evaluate(self.steps.evaluate, self.state, data, self.config.batch_size)
 
     def _save(self) -> None:
-        """Saves the state, then drops all checkpoints before it."""
         self.saved_at = time.perf_counter()
-        folder = self.folder / "checkpoints"
-        path = folder / f"step_{int(self.state.step):08d}"
-        if not path.exists():
-            save_checkpoint(path, self.state, self._metadata())
-        for old in folder.glob("step_*"):
-            if old != path:
-                shutil.rmtree(old, ignore_errors=True)
+        self.checkpoints.save(self.state, self._metadata())
+
+    def _save_and_stop(self, epoch: int) -> NoReturn:
+        self._check_finite(epoch)
+        self._save()
+        raise Interrupted(self._how_to_resume())
+
+    def _write_metrics(self) -> None:
+        text = "".join(json.dumps(entry) + "\n" for entry in self.history)
+        write_text(self.folder / "metrics.jsonl", text)
+
+    def _check_finite(self, epoch: int) -> None:
+        """The losses are those before each update; this sees what the last one has done."""
+        wrong = nonfinite_arrays(self.state)
+        if wrong:
+            arrays = len(jax.tree.leaves(self.state))
+            raise self._diverged(
+                f"{len(wrong)} of {arrays} arrays are not finite after step "
+                f"{int(self.state.step)}, {wrong[0]} for one",
+                epoch,
+            )
+
+    def _diverged(self, what: str, epoch: int) -> Diverged:
+        whole, _ = self.checkpoints.newest()
+        left = f"Its last good checkpoint is {whole}." if whole else "It has no checkpoint yet."
+        return Diverged(f"{what}, in epoch {epoch + 1}: lower the learning rate. {left}")
 
     def _metadata(self) -> dict[str, Any]:
         return {
@@ -262,56 +276,40 @@ class _Run:
         }
 
     def _restore(self) -> None:
-        path = latest_checkpoint(self.folder / "checkpoints")
+        path, wrong = self.checkpoints.newest()
         if path is None:
+            self._check_nothing_is_lost(wrong)
+            print(f"starting {self.folder} at step 0 of {self.total_steps}")
             return
+        for message in wrong:
+            print(f"warning: {message}")
         self.state = restore_checkpoint(path, self.state)
-        # The history of the checkpoint, not of metrics.jsonl, which may be an epoch ahead.
         metadata = read_metadata(path)
         self.history, self.start = list(metadata["history"]), metadata["start"]
         if self.diagnosis:
             self.diagnosis.restore(metadata["diagnosis"])
-        print(f"resuming {self.folder} after step {int(self.state.step)} of {self.total_steps}")
+        # A checkpoint is written before the epoch's line, and its history is the one that counts.
+        self._write_metrics()
+        step = int(self.state.step)
+        print(f"resuming {self.folder} from {path.name}, after step {step} of {self.total_steps}")
+
+    def _check_nothing_is_lost(self, wrong: list[str]) -> None:
+        """Refuses to start again where something was saved that is not there any more."""
+        folder, metrics = self.checkpoints.folder, self.folder / "metrics.jsonl"
+        if wrong:
+            lost = f"none of its checkpoints can be read: {' '.join(wrong)}"
+        elif metrics.exists() and not self.save_seconds:
+            epochs = metrics.read_bytes().count(b"\n")
+            lost = f"it was trained for {epochs} epochs, but {folder} has no checkpoint."
+        else:
+            return
+        raise UserError(
+            f"cannot resume {self.folder}: {lost} Put a checkpoint back there, or begin again in "
+            "another folder."
+        )
 
     def _how_to_resume(self) -> str:
         return (
             f"stopped after step {int(self.state.step)} of {self.total_steps} and saved; "
             f"continue by: python -m experiments.{self.kind} --resume {self.folder}"
         )
-
-    def _summary(self, test: dict[str, float], seconds: float) -> dict[str, Any]:
-        last = self.history[-1]
-        gradient = self.config.build_recipe().gradient
-        return {
-            "experiment": self.kind,
-            "dataset": self.config.dataset,
-            "model": self.config.model,
-            "width": self.config.width,
-            "recipe": self.config.recipe,
-            "variant": self.config.variant,
-            "gradient_bits": 32 if gradient is None else gradient.bits_per_entry,
-            "optimizer": self.config.optimizer,
-            "learning_rate": self.config.build_optimizer().rates()[0],
-            "seed": self.config.seed,
-            "start": self.start,
-            "epochs": self.config.epochs,
-            "steps": self.total_steps,
-            "parameters": sum(x.size for x in jax.tree.leaves(self.state.params)),
-            "train_loss": last["train_loss"],
-            "validation_loss": last["validation_loss"],
-            "validation_accuracy": last["validation_accuracy"],
-            "test_loss": test["loss"],
-            "test_accuracy": test["accuracy"],
-            "test_images": len(self.task.dataset.test),
-            "step_ms": _median_ms(self.step_seconds),
-            "seconds": round(seconds, 1),
-        }
-
-
-def _median_ms(seconds: list[float]) -> float | None:
-    """Median in milliseconds; None of nothing, in runs of one step an epoch."""
-    return round(1000 * statistics.median(seconds), 3) if seconds else None
-
-
-def _on_device(split: Split) -> Data:
-    return jnp.asarray(split.images), jnp.asarray(split.labels)

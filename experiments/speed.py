@@ -15,12 +15,13 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
 from typing import Any
 
-from experiments import cli, machine, speed_report
+from experiments import cli, machine, process, speed_report
 from experiments.cli import UserError
 from experiments.contenders import SPEED_RECIPES, Roster, Setting, resolve_implementations
 from experiments.speed_layers import check, measure_layers
@@ -156,13 +157,19 @@ def in_process(request: dict[str, Any]) -> dict[str, Any]:
     """
     # Memory of an accelerator as it is needed, so that a peak means something.
     environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
-    with tempfile.TemporaryDirectory() as folder:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        process.on_stop(lambda: shutil.rmtree(folder, ignore_errors=True)),
+    ):
         ask, answer = pathlib.Path(folder, "request.json"), pathlib.Path(folder, "result.json")
         ask.write_text(json.dumps(request))
         command = [sys.executable, "-m", "experiments.speed_worker", str(ask), str(answer)]
-        status = subprocess.run(command, env=environment, check=False).returncode
-        if status == cli.INTERRUPTED:
-            raise KeyboardInterrupt
+        # In a session of its own: Ctrl-C reaches this process alone, which ends that one.
+        worker = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, start_new_session=True
+        )
+        with worker, process.on_stop(worker.kill):
+            status = worker.wait()
         if status < 0:
             raise UserError(f"the measuring process was ended by signal {-status}: out of memory?")
         if status > 0:

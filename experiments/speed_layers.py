@@ -18,7 +18,7 @@ from fqt_jax import kernels
 from fqt_jax.binarize import PackedBits
 from fqt_jax.convert import quantize
 from fqt_jax.grouping import roundings
-from fqt_jax.kernels.contract import UnsupportedError
+from fqt_jax.kernels.contract import UnsupportedError, Window
 from fqt_jax.recipe import FQT1, QAT
 from fqt_jax.rounding import seeds_from_key
 
@@ -49,14 +49,14 @@ class Operands:
     def random(cls, layer: LayerShape, seed: int) -> Operands:
         """Signs and a gradient whose samples and channels differ in size, as in training."""
         rng = np.random.default_rng(seed)
-        size = (*layer.window.size, layer.input[3], layer.output[3])
+        size = (*window_of(layer).size, layer.input[3], layer.output[3])
         scales = [np.exp(rng.standard_normal(n, np.float32)) for n in layer.output[::3]]
         normal = rng.standard_normal(layer.output, np.float32)
         g = jnp.asarray(normal * scales[0][:, None, None, None] * scales[1])
         seeds = seeds_from_key(jax.random.key(seed), 4)
         assert FQT1.gradient is not None
-        for_input, for_channels = roundings(g, FQT1.gradient, False, seeds)
-        _, for_shared = roundings(g, FQT1.gradient, True, seeds)
+        for_input, for_channels = roundings(g, FQT1.gradient, seeds)
+        _, for_shared = roundings(g, dataclasses.replace(FQT1.gradient, prune="shared"), seeds)
         return cls(
             layer,
             PackedBits.pack(jnp.asarray(rng.random(layer.input) < 0.5)),
@@ -80,7 +80,7 @@ class Operands:
         Raises:
           UnsupportedError: the implementation does not serve it.
         """
-        window, size = self.layer.window, self.layer.input[1:3]
+        window, size = window_of(self.layer), self.layer.input[1:3]
         rounding = self.rounding.get(name)
         operands: tuple[Any, ...] = (self.g, self.x, rounding)
 
@@ -100,6 +100,12 @@ class Operands:
             function, operands = forward, (self.x, self.w)
         compiled = jax.jit(function).lower(*operands).compile()
         return lambda: jax.block_until_ready(compiled(*operands))
+
+
+def window_of(layer: LayerShape) -> Window:
+    """The window of a layer that can be quantized, as all of our models can."""
+    assert layer.window is not None
+    return layer.window
 
 
 def quantized_layers(setting: Setting) -> list[tuple[LayerShape, int]]:
@@ -127,7 +133,7 @@ def dot_shape(layer: LayerShape, product: str) -> tuple[int, int, int]:
     """
     assert FQT1.gradient is not None
     n, height, width, o = layer.output
-    taps = math.prod(layer.window.size) * layer.input[3]
+    taps = layer.terms
     if product == "forward":
         return n * height * width, taps, o
     if product == "weight_grad channels":
@@ -302,6 +308,6 @@ def _median_time(run: Callable[[], Any], repeats: int) -> float:
 
 def _shape_text(layer: LayerShape) -> str:
     (n, h, w, c), o = layer.input, layer.output[3]
-    kh, kw = layer.window.size
-    stride = layer.window.strides[0]
+    kh, kw = window_of(layer).size
+    stride = window_of(layer).strides[0]
     return f"{n}x{h}x{w}x{c}, {kh}x{kw}" + (f"/{stride}" if stride > 1 else "") + f" to {o}"

@@ -12,7 +12,7 @@ import pathlib
 import sys
 from typing import Any
 
-from experiments import machine
+from experiments import machine, process
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
@@ -28,8 +28,6 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        outcome = main(json.loads(pathlib.Path(sys.argv[1]).read_text()))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    process.end_with_parent()
+    outcome = main(json.loads(pathlib.Path(sys.argv[1]).read_text()))
     pathlib.Path(sys.argv[2]).write_text(json.dumps(outcome))

@@ -22,6 +22,7 @@ from experiments.cli import UserError
 from experiments.config import config_from_json
 from experiments.data import DATASETS, embedded
 from experiments.finetune import FinetuneConfig
+from experiments.folders import write_json
 from experiments.specs import Axis, Spec, parse
 from fqt_jax.kernels import check_implementation
 
@@ -130,7 +131,7 @@ class Group:
 
     def __post_init__(self) -> None:
         self.base.build_recipe()
-        self.base.build_one_draw()
+        self.base.build_estimator()
         self.base.build_optimizer()
         for seed in self.seeds:
             self.cell(seed)
@@ -184,37 +185,72 @@ class Store:
         return self.root / "cells" / cell.name
 
     def summary(self, cell: Cell) -> dict[str, Any] | None:
-        """What a finished run came to."""
-        return _read(self.folder(cell) / "summary.json")
+        """What a finished run came to.
+
+        Raises:
+          UserError: the file is damaged, as for all of these.
+        """
+        return self._read(cell, "summary.json", _SUMMARY)
 
     def history(self, cell: Cell) -> list[dict[str, Any]]:
-        """The epochs of a run that was started."""
-        text = (self.folder(cell) / "metrics.jsonl").read_text()
-        return [json.loads(line) for line in text.splitlines()]
+        """The epochs of a run that was finished."""
+        path = self.folder(cell) / "metrics.jsonl"
+        try:
+            return [dict(json.loads(line)) for line in path.read_text().splitlines()]
+        except (FileNotFoundError, ValueError, TypeError):
+            raise self._damaged(cell, path.name) from None
 
     def failure(self, cell: Cell) -> dict[str, Any] | None:
         """Why a run failed: ``error``, and whether it ``diverged``, which it would do again."""
-        return _read(self.folder(cell) / "failure.json")
+        return self._read(cell, "failure.json", {"error": str, "diverged": bool})
 
     def fail(self, cell: Cell, error: str, *, diverged: bool = False) -> None:
         """Notes that a run failed."""
         self.folder(cell).mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"error": " ".join(error.split()), "diverged": diverged})
-        (self.folder(cell) / "failure.json").write_text(text + "\n")
+        failure = {"error": " ".join(error.split()), "diverged": diverged}
+        write_json(self.folder(cell) / "failure.json", failure)
+
+    def check(self, cell: Cell) -> None:
+        """Reads all that is there of a cell.
+
+        Raises:
+          UserError: a file is damaged.
+        """
+        self.failure(cell)
+        if self.summary(cell):
+            self.history(cell)
 
     def settled(self, cell: Cell) -> bool:
         """Whether running the cell again could change nothing."""
         failure = self.failure(cell)
         return self.summary(cell) is not None or (failure is not None and failure["diverged"])
 
+    def _read(self, cell: Cell, name: str, kinds: dict[str, Any]) -> dict[str, Any] | None:
+        try:
+            values = json.loads((self.folder(cell) / name).read_text())
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            values = None
+        if not isinstance(values, dict) or any(
+            key not in values or not isinstance(values[key], kind) for key, kind in kinds.items()
+        ):
+            raise self._damaged(cell, name)
+        return values
 
-def _read(path: pathlib.Path) -> dict[str, Any] | None:
-    try:
-        return dict(json.loads(path.read_text()))
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        raise UserError(f"{path} is damaged: remove its folder to run that cell again.") from None
+    def _damaged(self, cell: Cell, name: str) -> UserError:
+        path = self.folder(cell) / name
+        return UserError(f"{path} is damaged: remove its folder to run that cell again.")
+
+
+_SUMMARY: dict[str, Any] = {
+    "validation_accuracy": int | float,
+    "validation_loss": int | float,
+    "test_accuracy": int | float,
+    "gradient_bits": int | float,
+    "step_ms": int | float | None,
+}
+"""What tables take from a summary."""
 
 
 def plan(group: Group, store: Store) -> Iterator[Cell]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import json
 import pathlib
 import signal
@@ -10,11 +10,12 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
 
-from experiments.cli import INTERRUPTED, Interrupted
+from experiments.locks import locked
+from experiments.process import STOPPED, Interrupted, StopOnSignal, if_stopped
 from experiments.sweep import Group, Result, Store, collect, plan
 
 
@@ -34,24 +35,38 @@ def run_groups(groups: Sequence[Group], root: pathlib.Path, jobs: int) -> list[R
 
     Raises:
       Interrupted: a signal stopped the sweep; the same command continues it.
+      UserError: a file of an earlier sweep is damaged, or another process runs this sweep.
       OSError: the folder cannot be written.
     """
     store = Store(root)
+    for cell in itertools.chain(*(plan(group, store) for group in groups)):
+        store.check(cell)  # before anything runs
     (root / "logs").mkdir(parents=True, exist_ok=True)
     distinct = {json.dumps(group.to_json() | {"labels": None}): group for group in groups}
     sweep = _Sweep(store, len(distinct))
-    with _sigterm_as_ctrl_c(), ThreadPoolExecutor(jobs) as pool:
+    go_on = f"the same command continues the sweep in {root}."
+    if_stopped(go_on)
+    with locked(root), StopOnSignal() as stop, ThreadPoolExecutor(jobs) as pool:
+        stop.defer()
         futures = [pool.submit(sweep.run, group) for group in distinct.values()]
         try:
-            for future in futures:
-                future.result()
-        except KeyboardInterrupt:
+            while not stop.requested:
+                done, running = wait(futures, timeout=_POLL, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+                if not running:
+                    break
+            else:
+                raise Interrupted(f"stopped; {go_on}")
+        finally:
             for future in futures:
                 future.cancel()
             sweep.stop()
-            raise Interrupted(f"stopped; the same command continues the sweep in {root}.") from None
     return [collect(group, store) for group in groups]
 
+
+_POLL = 0.2
+"""Seconds between looks for a signal."""
 
 _WORKER = (sys.executable, "-m", "experiments.sweep_worker")
 
@@ -74,7 +89,7 @@ class _Sweep:
         skip: list[str] = []
         while True:
             in_hand, status = self._process(group, skip, number)
-            if status in (0, INTERRUPTED) or self._stopped:
+            if status in (0, *STOPPED) or self._stopped:
                 return
             log = self._log(group)
             ended = f"by signal {-status}: out of memory?" if status < 0 else f"with {status}"
@@ -104,10 +119,11 @@ class _Sweep:
             path.write_text(json.dumps(request))
             with self._lock:
                 if self._stopped:
-                    return None, INTERRUPTED
+                    return None, 0
                 # In a session of its own: Ctrl-C reaches this process, which passes it on once.
                 process = subprocess.Popen(
                     [*_WORKER, str(path)],
+                    stdin=subprocess.PIPE,  # whose end tells it that this process has died
                     stdout=subprocess.PIPE,
                     stderr=log,
                     text=True,
@@ -143,12 +159,3 @@ def _describe(report: dict[str, Any]) -> str:
         f"rate {s['learning_rate']:g}, seed {s['seed']}: validation accuracy "
         f"{s['validation_accuracy']:.1%} ({s['seconds']:.0f} s)"
     )
-
-
-@contextlib.contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -9,16 +9,14 @@ the standard output. Everything else goes to the standard error.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import pathlib
 import shutil
 import sys
 import traceback
-from collections.abc import Iterator
 from typing import Any, TextIO
 
-from experiments import cli, finetune, folders, runner, tasks
+from experiments import finetune, folders, locks, process, runner, tasks
 from experiments.data import Dataset
 from experiments.sweep import Cell, Group, Store, plan
 
@@ -48,7 +46,7 @@ def main(request: dict[str, Any], reports: TextIO) -> None:
         try:
             report["summary"] = sharing.run(cell, store.folder(cell))
             (store.folder(cell) / "failure.json").unlink(missing_ok=True)
-        except (cli.Interrupted, KeyboardInterrupt):
+        except process.Interrupted:
             raise
         except Exception as error:
             traceback.print_exc()
@@ -69,30 +67,23 @@ class _Sharing:
         config = cell.config
         if self._dataset is None:
             self._dataset = tasks.load_dataset(config)
-        with _one_at_a_time(config.cache):
-            task = finetune.build_task(config, self._dataset, folder)
         folder.mkdir(parents=True, exist_ok=True)
-        folders.write_config(config, folder)
-        summary = runner.train(
-            config, task, folder, "finetune", shared=self._steps, save_seconds=_SAVE_SECONDS
-        )
+        # The lock may still be with a worker of a sweep that was killed, until that one has saved.
+        with locks.locked(folder, wait_for=f"runs {cell.name}"):
+            task = finetune.build_task(config, self._dataset, folder)
+            folders.write_config(config, folder)
+            summary = runner.train(
+                config, task, folder, "finetune", shared=self._steps, save_seconds=_SAVE_SECONDS
+            )
         # A sweep has hundreds of runs; what they came to is in the summary and the metrics.
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return summary
 
 
-@contextlib.contextmanager
-def _one_at_a_time(cache: pathlib.Path) -> Iterator[None]:
-    """So that of several processes one pretrains, and the others find its result."""
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 if __name__ == "__main__":
+    process.end_with_parent()
     with contextlib.redirect_stdout(sys.stderr):
         try:
             main(json.loads(pathlib.Path(sys.argv[1]).read_text()), sys.__stdout__ or sys.stderr)
-        except (cli.Interrupted, KeyboardInterrupt):
-            sys.exit(cli.INTERRUPTED)
+        except process.Interrupted as stop:
+            process.stopped(stop)

@@ -1,7 +1,10 @@
 """1-bit fully quantized training for JAX and Flax (arXiv 2408.14267)."""
 
 from fqt_jax import diagnostics as diagnostics
+from fqt_jax import estimators as estimators
+from fqt_jax import samplers as samplers
 from fqt_jax import theory as theory
+from fqt_jax import training as training
 from fqt_jax.binarize import PackedBits as PackedBits
 from fqt_jax.binarize import binarize as binarize
 from fqt_jax.binarize import weight_scale as weight_scale
@@ -13,8 +16,6 @@ from fqt_jax.functional import dense as dense
 from fqt_jax.kernels import implementations as implementations
 from fqt_jax.layers import QuantConv as QuantConv
 from fqt_jax.layers import QuantLinear as QuantLinear
-from fqt_jax.pruning import Selection as Selection
-from fqt_jax.pruning import keep_probabilities as keep_probabilities
 from fqt_jax.pruning import prune as prune
 from fqt_jax.recipe import FQT1 as FQT1
 from fqt_jax.recipe import FQT1_PLUS as FQT1_PLUS
@@ -26,4 +27,8 @@ from fqt_jax.recipe import GradientQuantizer as GradientQuantizer
 from fqt_jax.recipe import Recipe as Recipe
 from fqt_jax.recipe import recipe_by_name as recipe_by_name
 from fqt_jax.rounding import stochastic_round as stochastic_round
+from fqt_jax.samplers import SAMPLERS as SAMPLERS
+from fqt_jax.samplers import Sampler as Sampler
+from fqt_jax.samplers import Selection as Selection
+from fqt_jax.samplers import keep_probabilities as keep_probabilities
 from fqt_jax.sequential import Sequential as Sequential

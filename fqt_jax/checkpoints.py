@@ -1,17 +1,21 @@
 """Saves and restores training states and parameters, on Orbax.
 
-A checkpoint is a folder with two parts: ``state``, every array of a
-:class:`~fqt_jax.training.TrainState` under a readable name (``params.blocks.0.conv1.kernel``),
-and ``metadata``, JSON. Orbax writes it beside its final name and renames it, so a checkpoint is
-there whole or not at all. ``sizes.json`` says how long each of its files is.
+A checkpoint is a folder: ``state`` has every array of a :class:`~fqt_jax.training.TrainState`
+under a readable name (``params.blocks.0.conv1.kernel``), as Orbax writes it; ``metadata.json`` is
+JSON; ``SHA256SUMS`` has the checksums of all files. It is written beside its final name, then
+renamed: a checkpoint is there whole or not at all. Every read compares the checksums first.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import pathlib
+import re
 import shutil
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,13 +24,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from fqt_jax import checksums
 from fqt_jax.training import TrainState
 from fqt_jax.tree import leaf_name
 
 Path = str | pathlib.Path
 
-_FORMAT = 1
-_SIZES = "sizes.json"
+_FORMAT = 2
+_STATE, _METADATA, _PARTIAL = "state", "metadata.json", ".partial"
 
 
 class CheckpointError(Exception):
@@ -35,6 +40,9 @@ class CheckpointError(Exception):
 
 def save_checkpoint(path: Path, state: TrainState, metadata: dict[str, Any]) -> None:
     """Writes a checkpoint to a new folder.
+
+    Until all of it is on the disk, the folder has another name, with ``.partial`` at its end; that
+    is all that a killed process leaves behind.
 
     Args:
       path: the folder; it must not exist.
@@ -47,22 +55,48 @@ def save_checkpoint(path: Path, state: TrainState, metadata: dict[str, Any]) -> 
     path = pathlib.Path(path).absolute()
     if path.exists():
         raise CheckpointError(f"{path} exists already.")
-    arrays = {name: np.asarray(_storable(leaf)) for name, leaf in _named_leaves(state)}
+    partial = path.with_name(path.name + _PARTIAL)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _checkpointer() as checkpointer:
-            checkpointer.save(
-                path,
-                ocp.args.Composite(
-                    state=ocp.args.StandardSave(arrays),
-                    metadata=ocp.args.JsonSave({"format": _FORMAT, **metadata}),
-                ),
-            )
-        (path / _SIZES).write_text(json.dumps(_sizes(path)))
-    except Exception as error:
-        for partial in path.parent.glob(f"{path.name}*"):
-            shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"cannot write the checkpoint {path}: {_one_line(error)}") from error
+        arrays = {name: np.asarray(_storable(leaf)) for name, leaf in _named_leaves(state)}
+        text = json.dumps({"format": _FORMAT, **metadata})
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+        (partial / _METADATA).write_text(text)
+        (partial / _STATE).mkdir()
+        handler = _orbax()
+        handler.save(partial / _STATE, args=ocp.args.StandardSave(arrays))
+        handler.finalize(partial / _STATE)
+        checksums.seal(partial)
+        partial.rename(path)
+        checksums.sync(path.parent)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not isinstance(error, Exception):
+            raise
+        raise CheckpointError(f"cannot write the checkpoint {path}: {_reason(error)}") from error
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Reads all of a checkpoint and compares its checksums.
+
+    Raises:
+      CheckpointError: there is no checkpoint at ``path``, or it is damaged; the message names the
+        files that are missing, were changed, or are not part of it.
+    """
+    path = pathlib.Path(path).absolute()
+    if not path.is_dir():
+        raise CheckpointError(f"there is no checkpoint at {path}.")
+    if not (path / checksums.SUMS).exists():
+        raise CheckpointError(
+            f"{path} is not a checkpoint, or is damaged: it has no {checksums.SUMS}."
+        )
+    try:
+        damage = checksums.damage(path)
+    except OSError as error:
+        raise CheckpointError(f"the checkpoint {path} cannot be read: {_reason(error)}") from error
+    if damage:
+        raise CheckpointError(f"the checkpoint {path} is damaged: {damage}.")
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -71,17 +105,12 @@ def read_metadata(path: Path) -> dict[str, Any]:
     Raises:
       CheckpointError: there is no checkpoint at ``path``, it is damaged, or of another format.
     """
-    path = _existing(path)
+    path = pathlib.Path(path).absolute()
+    verify_checkpoint(path)
     try:
-        with _checkpointer() as checkpointer:
-            restored = checkpointer.restore(
-                path, ocp.args.Composite(metadata=ocp.args.JsonRestore())
-            )
-        metadata = dict(restored["metadata"])
-    except Exception as error:
-        raise CheckpointError(
-            f"{path} is not a checkpoint, or is damaged: {_one_line(error)}"
-        ) from error
+        metadata = dict(json.loads((path / _METADATA).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"the checkpoint {path} cannot be read: {_reason(error)}") from error
     if metadata.get("format") != _FORMAT:
         raise CheckpointError(
             f"{path} has the format {metadata.get('format')!r}; this version reads {_FORMAT}."
@@ -180,14 +209,42 @@ def load_parameters(path: Path, model: nnx.Module, *, new_head: str | None = Non
     return kept
 
 
-def latest_checkpoint(folder: Path) -> pathlib.Path | None:
-    """The checkpoint ``step_N`` of the greatest ``N`` in a folder; ``None`` if there is none."""
-    found = [
-        (int(path.name.removeprefix("step_")), path)
-        for path in pathlib.Path(folder).glob("step_*")
-        if path.name.removeprefix("step_").isdecimal()
+def nonfinite_arrays(state: TrainState) -> list[str]:
+    """Names of the floating-point arrays of a state that have a value which is not finite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from fqt_jax.training import Metrics, TrainState
+      >>> params = {"head": {"kernel": jnp.array([1.0, jnp.nan]), "bias": jnp.zeros(2)}}
+      >>> state = TrainState(params, {}, {}, jnp.zeros((), jnp.int32), Metrics.zero())
+      >>> nonfinite_arrays(state)
+      ['params.head.kernel']
+    """
+    # On the host, where saving needs the arrays too: to compile this takes far longer than to run.
+    return [
+        name
+        for name, leaf in _named_leaves(state)
+        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not np.isfinite(np.asarray(leaf)).all()
     ]
-    return max(found)[1] if found else None
+
+
+def list_checkpoints(folder: Path) -> list[pathlib.Path]:
+    """The checkpoints ``step_N`` in a folder, whole or damaged, of the greatest ``N`` first.
+
+    Raises:
+      OSError: the folder cannot be read.
+    """
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    steps = {name: int(name[5:]) for name in names if re.fullmatch(r"step_[0-9]+", name)}
+    return [pathlib.Path(folder, name) for name in sorted(steps, key=steps.__getitem__)[::-1]]
+
+
+def latest_checkpoint(folder: Path) -> pathlib.Path | None:
+    """The first of :func:`list_checkpoints`, which may be damaged; ``None`` if there is none."""
+    return next(iter(list_checkpoints(folder)), None)
 
 
 def _is_learned_scale(name: str, saved: dict[str, np.ndarray]) -> bool:
@@ -197,47 +254,38 @@ def _is_learned_scale(name: str, saved: dict[str, np.ndarray]) -> bool:
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     read_metadata(path)
-    path = _existing(path)
-    try:
-        with _checkpointer() as checkpointer:
-            restored = checkpointer.restore(
-                path, ocp.args.Composite(state=ocp.args.StandardRestore())
-            )
-        return {name: np.asarray(array) for name, array in dict(restored["state"]).items()}
-    except Exception as error:
-        raise CheckpointError(f"the checkpoint {path} is damaged: {_one_line(error)}") from error
-
-
-def _existing(path: Path) -> pathlib.Path:
-    """The folder of a checkpoint, all of whose files are as long as they were.
-
-    Orbax finds a file that was cut short too, but its readers' threads then print tracebacks.
-    """
     path = pathlib.Path(path).absolute()
-    if not path.is_dir():
-        raise CheckpointError(f"there is no checkpoint at {path}.")
-    if (path / _SIZES).exists():
-        found = _sizes(path)
-        try:
-            expected = dict(json.loads((path / _SIZES).read_text()))
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"the checkpoint {path} is damaged: {_SIZES}: {error}") from None
-        for name, size in expected.items():
-            if found.get(name) != size:
-                has = f"has {found[name]} bytes of {size}" if name in found else "is missing"
-                raise CheckpointError(f"the checkpoint {path} is damaged: {name} {has}.")
-    return path
+    try:
+        restored = _orbax().restore(path / _STATE, args=ocp.args.StandardRestore())
+        return {name: np.asarray(array) for name, array in dict(restored).items()}
+    except Exception as error:
+        raise CheckpointError(f"the checkpoint {path} cannot be read: {_reason(error)}") from error
 
 
-def _sizes(path: pathlib.Path) -> dict[str, int]:
-    files = (file for file in sorted(path.rglob("*")) if file.is_file() and file.name != _SIZES)
-    return {file.relative_to(path).as_posix(): file.stat().st_size for file in files}
+class _LateReports:
+    """Drops what threads of Orbax say of a write that failed: the error itself was raised already.
+
+    They finish when the event loop that they report to is closed, some only at the next garbage
+    collection. Each would print a traceback.
+    """
+
+    def __init__(self, previous: Callable[[Any], object]):
+        self._previous = previous
+
+    def __call__(self, report: Any) -> None:
+        if not (
+            isinstance(report.exc_value, RuntimeError)
+            and str(report.exc_value) == "Event loop is closed"
+        ):
+            self._previous(report)
 
 
-def _checkpointer() -> Any:
+def _orbax() -> Any:
     # Orbax reports each save and, on errors, the state of its threads; ours are one line.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+    if not isinstance(sys.unraisablehook, _LateReports):
+        sys.unraisablehook = _LateReports(sys.unraisablehook)
+    return ocp.StandardCheckpointHandler()
 
 
 def _named_leaves(state: TrainState) -> list[tuple[str, jax.Array]]:
@@ -248,6 +296,11 @@ def _storable(leaf: jax.Array) -> jax.Array:
     return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
 
 
-def _one_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
+    """An error in one line: of the system, what it says; of another kind, what it is too."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     text = " ".join(str(error).split())
+    if code := re.search(r"os_error_code='(\d+)'", text):  # as TensorStore writes it
+        return os.strerror(int(code[1]))
     return f"{type(error).__name__}: {text[:200]}"

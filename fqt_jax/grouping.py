@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fqt_jax.kernels.contract import GroupAxis, Rounding
-from fqt_jax.pruning import Selection, draw, group_importance, sum_of_squares
-from fqt_jax.recipe import GradientQuantizer
+from fqt_jax.importance import GroupStatistics, sum_of_squares
+from fqt_jax.kernels.contract import Rounding
+from fqt_jax.pruning import draw_groups
+from fqt_jax.recipe import GradientQuantizer, GroupAxis, Grouping
 from fqt_jax.rounding import clamp_range
+from fqt_jax.samplers import Selection
+
+_AXES: dict[GroupAxis, int] = {"samples": 0, "channels": 1}
+"""Of the minima and maxima of (sample, channel) pairs."""
 
 
 def roundings(
     g: jax.Array,
     quantizer: GradientQuantizer,
-    shared: bool,
     seeds: Sequence[jax.Array],
     bounds: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[Rounding, Rounding]:
@@ -28,58 +32,70 @@ def roundings(
 
     Args:
       g: ``float32[N, H', W', O]``.
-      quantizer: bits, keep, sampler, importance, groups.
-      shared: whether the weight gradient uses the samples drawn for the input gradient.
+      quantizer: bits, keep, sampler, importance, groups, prune.
       seeds: four of ``uint32[2]``: sample draw, channel draw, input rounding, weight rounding.
       bounds: those minima and maxima, ``float32[N, O]``, where they are known already.
 
     Returns:
       The :class:`Rounding` of the input gradient and that of the weight gradient.
     """
-    n, _, _, o = g.shape
     lo, hi = bounds or (jnp.min(g, axis=(1, 2)), jnp.max(g, axis=(1, 2)))  # [N, O]
-    largest = jnp.maximum(jnp.max(hi), -jnp.min(lo))
 
-    def select(axis: int, seed: jax.Array) -> Selection | None:
-        size = (n, o)[axis]
-        k = quantizer.kept(size)
-        if k == size:
-            return None
-        squares = None
-        if quantizer.importance == "norm":
-            reduced = tuple(a for a in range(4) if a != 3 * axis)
-            squares = sum_of_squares(g, largest, reduced)
-        importance = group_importance(
-            lo.min(1 - axis), hi.max(1 - axis), squares, quantizer.sampler
+    @functools.cache
+    def selection(pruned: GroupAxis) -> Selection | None:
+        axis = _AXES[pruned]
+
+        def squares() -> jax.Array:
+            largest = jnp.maximum(jnp.max(hi), -jnp.min(lo))
+            return sum_of_squares(g, largest, tuple(a for a in range(4) if a != 3 * axis))
+
+        groups = GroupStatistics(lo.min(1 - axis), hi.max(1 - axis), squares)
+        return draw_groups(groups, quantizer, seeds[axis])
+
+    def rounding(grouping: Grouping, seed: jax.Array) -> Rounding:
+        kept = selection(grouping.pruned)
+        least, most = _bounds(lo, hi, grouping, kept)
+        return Rounding(
+            least,
+            clamp_range(most - least),
+            seed,
+            samples=kept if grouping.pruned == "samples" else None,
+            channels=kept if grouping.pruned == "channels" else None,
+            bits=quantizer.bits,
+            groups=grouping.scaled,
         )
-        return draw(importance, k, quantizer.sampler, seed)
 
-    def rounding(
-        axis: int, lo: jax.Array, hi: jax.Array, seed: jax.Array, kept: dict[str, Any]
-    ) -> Rounding:
-        if quantizer.groups == "tensor":
-            lo, hi = (jnp.broadcast_to(v, a.shape) for v, a in ((lo.min(), lo), (hi.max(), hi)))
-        groups: GroupAxis = "channels" if axis else "samples"
-        own: Selection | None = kept[groups]
-        if own is not None:
-            lo, hi = lo[own.indices], hi[own.indices]
-        value_range = clamp_range(hi - lo)
-        return Rounding(lo, value_range, seed, bits=quantizer.bits, groups=groups, **kept)
+    return (
+        rounding(quantizer.grouping("input"), seeds[2]),
+        rounding(quantizer.grouping("weight"), seeds[3]),
+    )
 
-    samples = select(0, seeds[0])
-    only_samples = {"samples": samples, "channels": None}
-    for_input = rounding(0, lo.min(1), hi.max(1), seeds[2], only_samples)
-    if quantizer.groups == "sample":
-        return for_input, rounding(0, lo.min(1), hi.max(1), seeds[3], only_samples)
-    if not shared:
-        only_channels = {"samples": None, "channels": select(1, seeds[1])}
-        return for_input, rounding(1, lo.min(0), hi.max(0), seeds[3], only_channels)
-    if samples is not None:
-        # Multiplying by a positive weight commutes with min and max, exactly.
-        weights = samples.weights.reshape(-1, 1)
-        lo, hi = (a[samples.indices] for a in (lo, hi))
-        # A dropped sample must not count, unless all are: then the range is that of nothing, zero.
-        beyond = jnp.where(jnp.any(weights != 0), jnp.float32(jnp.inf), jnp.float32(0))
-        lo = jnp.where(weights == 0, beyond, lo * weights)
-        hi = jnp.where(weights == 0, -beyond, hi * weights)
-    return for_input, rounding(1, lo.min(0), hi.max(0), seeds[3], only_samples)
+
+def _bounds(
+    lo: jax.Array, hi: jax.Array, grouping: Grouping, kept: Selection | None
+) -> tuple[jax.Array, jax.Array]:
+    """Minimum and maximum of what each scale is for, from those of (sample, channel) pairs."""
+    folded = grouping.pruned != grouping.scaled
+    if kept is not None and folded:
+        lo, hi = _folded(lo, hi, _AXES[grouping.pruned], kept)
+    reduced = 1 - _AXES[grouping.scaled]
+    lo, hi = lo.min(reduced), hi.max(reduced)
+    if grouping.one_scale:
+        lo, hi = jnp.broadcast_to(lo.min(), lo.shape), jnp.broadcast_to(hi.max(), hi.shape)
+    if kept is not None and not folded:
+        lo, hi = lo[kept.indices], hi[kept.indices]
+    return lo, hi
+
+
+def _folded(
+    lo: jax.Array, hi: jax.Array, axis: int, kept: Selection
+) -> tuple[jax.Array, jax.Array]:
+    """Those of what is kept, times its weight."""
+    # Multiplying by a positive weight commutes with min and max, exactly.
+    weights = jnp.expand_dims(kept.weights, 1 - axis)
+    lo, hi = (jnp.take(a, kept.indices, axis=axis, mode="clip") for a in (lo, hi))
+    # A dropped group must not count, unless all are: then the range is that of nothing, zero.
+    beyond = jnp.where(jnp.any(weights != 0), jnp.float32(jnp.inf), jnp.float32(0))
+    lo = jnp.where(weights == 0, beyond, lo * weights)
+    hi = jnp.where(weights == 0, -beyond, hi * weights)
+    return lo, hi

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -25,32 +23,78 @@ class RowNorm(nnx.BatchNorm):
 
     weights: nnx.Variable[jax.Array]
 
+    @staticmethod
+    def check(norm: nnx.BatchNorm, path: str) -> None:
+        """Checks that a norm can be one of drawn rows.
+
+        Raises:
+          ValueError: it computes something else than a plain batch norm, over several devices, or
+            with statistics of another shape, as one of stacked layers has.
+        """
+        reason = None
+        if type(norm).__call__ is not nnx.BatchNorm.__call__:
+            reason = f"{type(norm).__name__} is a subclass of nnx.BatchNorm with its own __call__"
+        elif norm.axis_name is not None:
+            reason = f"its statistics are of several devices (axis_name={norm.axis_name!r})"
+        elif not isinstance(norm.axis, int):
+            reason = f"it has several feature axes, {norm.axis}"
+        elif norm.mean.shape != (norm.num_features,):
+            reason = f"its statistics have the shape {norm.mean.shape}, as those of stacked layers"
+        if reason is not None:
+            raise ValueError(
+                f"OneDraw cannot handle the batch norm {path or 'that is the model'}: {reason}. "
+                "Use FullBatch()."
+            )
+
     @classmethod
     def take_over(cls, norm: nnx.BatchNorm, weights: jax.Array) -> None:
         """Makes a norm one of drawn rows, in place: whoever holds it holds this from now on.
 
         Args:
-          norm: a plain batch norm over all axes but the last, whose statistics are the batch's.
+          norm: a norm that passes :meth:`check`, whose statistics are the batch's.
           weights: ``omega``.
         """
         norm.use_running_average = True
         norm.__class__ = cls
         norm.weights = nnx.Variable(weights)
 
-    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> jax.Array:
-        """Normalizes the rows ``x[k, ..., C]``."""
-        axes = tuple(range(x.ndim - 1))
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalizes the rows ``x``, whose first axis is that of the samples.
+
+        Raises:
+          ValueError: the first axis is that of the features, or there is a mask.
+        """
+        if use_running_average:
+            return super().__call__(x, use_running_average=True)
+        if mask is not None:
+            raise ValueError("OneDraw cannot handle a batch norm with a mask. Use FullBatch().")
+        features = self.axis % x.ndim
+        if features == 0:
+            raise ValueError("OneDraw needs samples, not a batch norm's features, along axis 0.")
+        axes = tuple(axis for axis in range(x.ndim) if axis != features)
+
+        def spread(values: jax.Array, axis: int) -> jax.Array:
+            return values.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
+
+        rows, weights = x.astype(jnp.float32), spread(self.weights[...], 0)
         mean, var = self.mean[...], self.var[...]
-        weights = self.weights[...].reshape(-1, *(1,) * (x.ndim - 1))
-        d = x.astype(jnp.float32) - mean
+        d = rows - spread(mean, features)
         mean = with_gradient_of(mean, jnp.mean(weights * d, axes))
         var = with_gradient_of(var, jnp.mean(weights * jnp.square(d), axes))
-        y = (x.astype(jnp.float32) - mean) * lax.rsqrt(var + jnp.float32(self.epsilon))
-        if self.scale is not None:
-            y = y * self.scale[...]
-        if self.bias is not None:
-            y = y + self.bias[...]
-        return y.astype(self.dtype or x.dtype)
+        deviation = lax.rsqrt(var + jnp.float32(self.epsilon))
+        y = (rows - spread(mean, features)) * spread(deviation, features)
+        dtypes = [x.dtype, self.mean.dtype]
+        for parameter, combine in ((self.scale, jnp.multiply), (self.bias, jnp.add)):
+            if parameter is not None:
+                y = combine(y, spread(parameter[...].astype(jnp.float32), features))
+                dtypes.append(parameter.dtype)
+        return y.astype(self.dtype or jnp.result_type(*dtypes))
 
 
 def with_gradient_of(value: jax.Array, other: jax.Array) -> jax.Array:

@@ -4,19 +4,49 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal, get_args
+from collections.abc import Collection
+from typing import Literal, NamedTuple, get_args
 
-Sampler = Literal["systematic", "bernoulli", "topk", "uniform"]
-Importance = Literal["range", "norm"]
+from fqt_jax.importance import IMPORTANCES, Importance
+from fqt_jax.samplers import SAMPLERS, Sampler, SamplerName, as_sampler
+
 Groups = Literal["sample_channel", "sample", "tensor"]
 Prune = Literal["channels", "shared"]
 Scale = Literal["mean_abs", "none", "learned"]
 
+Product = Literal["input", "weight"]
+"""The two products of a backward pass: the input gradient's and the weight gradient's."""
+GroupAxis = Literal["samples", "channels"]
 
-def _check_choice(field: str, value: object, allowed: object) -> None:
-    choices = get_args(allowed)
+
+def _check_choice(field: str, value: object, choices: Collection[object]) -> None:
     if value not in choices:
         raise ValueError(f"{field} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
+
+
+class Grouping(NamedTuple):
+    """How the gradient is taken apart for one of the two products.
+
+    Attributes:
+      pruned: the groups that are kept or dropped.
+      scaled: the groups that are rounded on a scale of their own. Where these are not the pruned
+        ones, the weights of what is kept are folded in before rounding.
+      one_scale: whether the scale is that of the whole tensor instead, the same for all groups.
+    """
+
+    pruned: GroupAxis
+    scaled: GroupAxis
+    one_scale: bool
+
+
+class _SamplerField:
+    """A field that is given a sampler or its name, and holds the sampler."""
+
+    def __get__(self, instance: object | None, owner: type) -> Sampler:
+        return SAMPLERS["systematic"] if instance is None else instance.__dict__["sampler"]
+
+    def __set__(self, instance: object, value: Sampler | SamplerName) -> None:
+        instance.__dict__["sampler"] = as_sampler(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,20 +61,26 @@ class GradientQuantizer:
     Args:
       bits: width of a code, 1 to 8.
       keep: fraction of the groups that is kept, in (0, 1]. ``None`` means ``1 / bits``.
-      sampler: which groups are kept. ``"systematic"``: exactly ``k``, with probability
+      sampler: which groups are kept: a :class:`fqt_jax.samplers.Sampler`, or the name of one
+        (:data:`fqt_jax.samplers.SAMPLERS`). ``"systematic"``: exactly ``k``, with probability
         proportional to importance, unbiased. ``"bernoulli"``: the same probabilities, drawn
-        independently, unbiased. ``"topk"``: the ``k`` groups with the largest entry, not rescaled,
-        hence biased. ``"uniform"``: exactly ``k``, all equally likely, unbiased.
+        independently, unbiased. ``"uniform"``: exactly ``k``, all equally likely, unbiased.
+        ``"topk"``: the ``k`` groups with the largest entry, not rescaled, hence biased.
       importance: what a group's keep probability is proportional to: its ``"range"`` (the paper)
-        or its Euclidean ``"norm"``. Only ``"systematic"`` and ``"bernoulli"`` look at it.
+        or its Euclidean ``"norm"``. ``"uniform"`` and ``"topk"`` do not look at it.
       groups: the entries that share one scale. ``"sample_channel"``: samples for the input
         gradient, output channels for the weight gradient, so that both products are integer
         products (Sample Channel joint Quantization, section 4.2). ``"sample"``: samples for both;
         the weight gradient is then emulated in float. ``"tensor"``: one scale for everything.
+      prune: which groups the weight gradient keeps. ``"channels"``: output channels, drawn anew
+        (the paper). ``"shared"``: the samples already drawn for the input gradient, with
+        their weights folded in before rounding.
 
     Raises:
-      ValueError: a field is outside the values listed above.
-      TypeError: ``bits`` is not an ``int`` or ``keep`` not a number.
+      ValueError: a field is outside the values listed above, or ``groups="sample"`` would have to
+        prune channels.
+      TypeError: ``bits`` is not an ``int``, ``keep`` not a number, or the sampler has no value of
+        its own to be compared by.
 
     Example:
       >>> import dataclasses
@@ -53,6 +89,8 @@ class GradientQuantizer:
       1.0
       >>> dataclasses.replace(GradientQuantizer(bits=4), keep=1.0).bits_per_entry
       4.0
+      >>> print(GradientQuantizer(bits=4, sampler="topk", prune="shared"))
+      4-bit gradients of 25% (topk, shared)
       >>> GradientQuantizer(bits=9)
       Traceback (most recent call last):
         ...
@@ -61,9 +99,10 @@ class GradientQuantizer:
 
     bits: int = 4
     keep: float | None = None
-    sampler: Sampler = "systematic"
+    sampler: _SamplerField = _SamplerField()
     importance: Importance = "range"
     groups: Groups = "sample_channel"
+    prune: Prune = "channels"
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int):
@@ -75,9 +114,13 @@ class GradientQuantizer:
                 raise TypeError(f"keep must be a number in (0, 1] or None; got {self.keep!r}.")
             if not 0 < self.keep <= 1:
                 raise ValueError(f"keep must be a number in (0, 1] or None; got {self.keep}.")
-        _check_choice("sampler", self.sampler, Sampler)
-        _check_choice("importance", self.importance, Importance)
-        _check_choice("groups", self.groups, Groups)
+        _check_choice("importance", self.importance, IMPORTANCES)
+        _check_choice("groups", self.groups, get_args(Groups))
+        _check_choice("prune", self.prune, get_args(Prune))
+        if self.groups == "sample" and self.prune == "channels" and self.keep_fraction < 1:
+            raise ValueError(
+                "groups='sample' prunes samples for both products: set prune='shared'."
+            )
 
     @property
     def keep_fraction(self) -> float:
@@ -93,6 +136,34 @@ class GradientQuantizer:
         """Number of groups kept out of ``n``: ``max(1, round(keep * n))``, and 0 out of 0."""
         return min(n, max(1, math.floor(self.keep_fraction * n + 0.5)))
 
+    def grouping(self, product: Product) -> Grouping:
+        """What ``groups`` and ``prune`` come to for a product; nothing else reads the two."""
+        by_channel = product == "weight" and self.groups != "sample"
+        scaled: GroupAxis = "channels" if by_channel else "samples"
+        pruned = "samples" if self.prune == "shared" else scaled
+        return Grouping(pruned, scaled, one_scale=self.groups == "tensor")
+
+    def kept_part(self, product: Product, *, samples: int, channels: int) -> float:
+        """The part of the entries that is kept for a product, of gradients of this size.
+
+        Example:
+          >>> FQT1.gradient.kept_part("weight", samples=128, channels=10)
+          0.3
+        """
+        n = samples if self.grouping(product).pruned == "samples" else channels
+        return self.kept(n) / n if n else 1.0
+
+    def __str__(self) -> str:
+        text = f"{self.bits}-bit gradients"
+        if self.groups != "sample_channel":
+            text += f" per {self.groups}"
+        if self.keep_fraction < 1:
+            detail = [str(self.sampler), self.prune]
+            if self.importance != "range":
+                detail.append(f"by {self.importance}")
+            text += f" of {self.keep_fraction:.0%} ({', '.join(detail)})"
+        return text
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
@@ -102,9 +173,6 @@ class Recipe:
       binary: whether weights and activations become signs. ``False`` leaves the layer in full
         precision, and every other field must then keep its default.
       gradient: how the gradient is quantized; ``None`` keeps it in float.
-      prune: which groups the weight gradient keeps. ``"channels"``: output channels, drawn anew
-        (the paper). ``"shared"``: the samples already drawn for the input gradient, with
-        their weights folded in before rounding.
       scale: the weight scale: the mean of ``abs(w)`` over each output channel (XNOR-Net,
         arXiv 1603.05279), none, or a learned parameter per output channel.
       clip: whether the straight-through gradient of a sign is zero outside [-1, 1].
@@ -115,14 +183,13 @@ class Recipe:
     Example:
       >>> import dataclasses
       >>> import fqt_jax as fqt
-      >>> recipe = dataclasses.replace(fqt.FQT1, prune="shared")
-      >>> recipe.gradient.bits, recipe.gradient.keep_fraction
-      (4, 0.25)
+      >>> recipe = dataclasses.replace(fqt.FQT1, scale="learned")
+      >>> print(recipe)
+      binary, scale learned, 4-bit gradients of 25% (systematic, channels)
     """
 
     binary: bool = True
     gradient: GradientQuantizer | None = None
-    prune: Prune = "channels"
     scale: Scale = "mean_abs"
     clip: bool = True
 
@@ -132,17 +199,7 @@ class Recipe:
                 raise TypeError(f"{field} must be True or False; got {getattr(self, field)!r}.")
         if self.gradient is not None and not isinstance(self.gradient, GradientQuantizer):
             raise TypeError(f"gradient must be a GradientQuantizer or None; got {self.gradient!r}.")
-        _check_choice("prune", self.prune, Prune)
-        _check_choice("scale", self.scale, Scale)
-        if (
-            self.gradient is not None
-            and self.gradient.groups == "sample"
-            and self.gradient.keep_fraction < 1
-            and self.prune == "channels"
-        ):
-            raise ValueError(
-                "gradient.groups='sample' prunes samples for both products: set prune='shared'."
-            )
+        _check_choice("scale", self.scale, get_args(Scale))
         if not self.binary:
             for other in dataclasses.fields(self)[1:]:
                 if getattr(self, other.name) != other.default:
@@ -162,6 +219,17 @@ class Recipe:
             return self
         return dataclasses.replace(self, gradient=dataclasses.replace(self.gradient, keep=1.0))
 
+    def __str__(self) -> str:
+        if not self.binary:
+            return "float"
+        words = ["binary"]
+        if self.scale != "mean_abs":
+            words.append(f"scale {self.scale}")
+        if not self.clip:
+            words.append("no clip")
+        words.append("float gradients" if self.gradient is None else str(self.gradient))
+        return ", ".join(words)
+
 
 FULL_PRECISION = Recipe(binary=False)
 """Nothing is quantized."""
@@ -175,7 +243,7 @@ PSQ1 = Recipe(gradient=GradientQuantizer(bits=1, keep=1.0, groups="sample"))
 FQT1 = Recipe(gradient=GradientQuantizer(bits=4))
 """The paper's 1-bit fully quantized training: AGP keeps a quarter of the groups at 4 bits, SCQ."""
 
-FQT1_PLUS = Recipe(gradient=GradientQuantizer(bits=4), prune="shared")
+FQT1_PLUS = Recipe(gradient=GradientQuantizer(bits=4, prune="shared"))
 """The same bits, spent better: one draw of samples serves both gradients of a layer
 (``docs/estimators.md``)."""
 

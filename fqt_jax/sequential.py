@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -31,11 +32,11 @@ from fqt_jax.fused.recognize import (
     slope_of,
     zero_is_below,
 )
-from fqt_jax.layers import QuantLinear
+from fqt_jax.layer_types import type_of
+from fqt_jax.modules import find_modules
 from fqt_jax.norms import RowNorm
 from fqt_jax.rounding import seeds_from_key
-from fqt_jax.text import table
-from fqt_jax.windows import resolve_window
+from fqt_jax.text import format_table
 
 
 class Explained(NamedTuple):
@@ -62,7 +63,7 @@ class Explanation(tuple[Explained, ...]):
             (each.place, each.layer, f"run {each.run}" if each.run else "called", each.why)
             for each in self
         ]
-        return table(("part", "layer", "fuses", "because"), rows)
+        return format_table(("part", "layer", "fuses", "because"), rows)
 
 
 class Sequential(nnx.Sequential):
@@ -164,6 +165,34 @@ class Sequential(nnx.Sequential):
         return Explanation(rows)
 
 
+def fuse_sequences(model: Any) -> Any:
+    """Makes a :class:`Sequential` of every plain :class:`flax.nnx.Sequential`, in place.
+
+    Returns:
+      The model; the new sequence where it is one itself.
+    """
+    for place in find_modules(model, nnx.Sequential):
+        if type(place.module) is nnx.Sequential:
+            model = place.put(model, Sequential(*place.module.layers))
+    return model
+
+
+def fusion(model: Any) -> dict[str, str]:
+    """Whether each layer in a :class:`Sequential` fuses, by its path: ``"yes"``, ``"alone"`` where
+    nothing beside it does, or ``"no"`` and why.
+    """
+    found: dict[str, str] = {}
+    for place in find_modules(model, Sequential):
+        rows = place.module.explain()
+        lengths = collections.Counter(row.run for row in rows)
+        for row in rows:
+            words = f"no: {row.why}"
+            if row.run is not None:
+                words = "yes" if lengths[row.run] > 1 else "alone"
+            found.setdefault("/".join([*map(str, place.keys), row.place]), words)
+    return found
+
+
 def _parts(sequence: nnx.Sequential, prefix: str = "") -> list[tuple[str, Part]]:
     """The layers with their places; those of a sequence in it take its place."""
     parts: list[tuple[str, Part]] = []
@@ -214,7 +243,7 @@ def _fits(parts: Sequence[Part], run: Run, args: tuple[Any, ...], kwargs: dict[s
         return False
     x = args[0]
     products = [parts[place].layer for place in (run.first, *run.products) if place is not None]
-    is_dense = any(isinstance(layer, QuantLinear) for layer in products)
+    is_dense = bool(products) and type_of(products[0]).is_dense
     if not jnp.issubdtype(x.dtype, jnp.floating) or x.size == 0:
         return False
     if not is_dense and x.ndim < (3 if products else 4):
@@ -232,10 +261,9 @@ def _run_fused(
     layers = [part.layer for part in parts]
     products = [layers[place] for place in run.products]
     first = None if run.first is None else layers[run.first]
-    is_dense = bool(products) and isinstance(products[0], QuantLinear)
-    trailing = 1 if is_dense else 3
-    batch = x.shape[:-trailing]
-    rows = x.reshape(-1, 1, 1, x.shape[-1]) if is_dense else x.reshape(-1, *x.shape[-3:])
+    is_dense = bool(products) and type_of(products[0]).is_dense
+    batch = x.shape[: -1 if is_dense else -3]
+    rows = _as_images(x, is_dense)
     size = (rows.shape[1], rows.shape[2])
     first_link = None
     if first is not None:
@@ -267,7 +295,7 @@ def _run_fused(
             None if layer.rounding is None else seeds_from_key(layer.rounding(), 4)
             for layer in products
         ],
-        residual=_rows(residual, trailing),
+        residual=None if residual is None else _as_images(residual, is_dense),
     )
     out, statistics = run_chain(chain, operands)
     for gap, of_batch in zip(run.gaps, statistics, strict=True):
@@ -281,18 +309,15 @@ def _run_fused(
     return out.reshape(*batch, *out.shape[1:])
 
 
-def _rows(residual: jax.Array | None, trailing: int) -> jax.Array | None:
-    if residual is None:
-        return None
-    if trailing == 1:
-        return residual.reshape(-1, 1, 1, residual.shape[-1])
-    return residual.reshape(-1, *residual.shape[-3:])
+def _as_images(a: jax.Array, is_dense: bool) -> jax.Array:
+    """``[N, H, W, C]``; all leading axes together are the samples, those of a row one position."""
+    return a.reshape(-1, 1, 1, a.shape[-1]) if is_dense else a.reshape(-1, *a.shape[-3:])
 
 
 def _kernel(layer: Any) -> jax.Array:
     """A dense layer is a convolution of one position with a 1x1 window."""
     kernel = layer.kernel[...]
-    return kernel.reshape(1, 1, *kernel.shape) if isinstance(layer, QuantLinear) else kernel
+    return kernel.reshape(1, 1, *kernel.shape) if kernel.ndim == 2 else kernel
 
 
 def _value(variable: Any) -> jax.Array | None:
@@ -301,10 +326,7 @@ def _value(variable: Any) -> jax.Array | None:
 
 def _link(layer: Any, size: tuple[int, int]) -> tuple[Link, tuple[int, int]]:
     """A product, and the size of its output."""
-    if isinstance(layer, QuantLinear):
-        window = resolve_window((1, 1), size, 1, "VALID")
-    else:
-        window = resolve_window(layer.kernel.shape[:2], size, layer.strides, layer.padding)
+    window = type_of(layer).window(layer, size)
     return Link(layer.recipe, window), window.output_size(size)
 
 

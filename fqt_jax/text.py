@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
-def table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text under their names.
+def format_table(
+    header: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = False
+) -> str:
+    """Lines of aligned cells under a header.
+
+    Args:
+      header: names of the columns.
+      rows: as many cells each.
+      numbers: align all columns but the first to the right.
 
     Example:
-      >>> print(table(("layer", "kind"), [("head", "Linear")]))
-      layer  kind
-      -------------
-      head   Linear
+      >>> print(format_table(("layer", "bits"), [("stem", "32"), ("head", "1")], numbers=True))
+      layer  bits
+      -----------
+      stem     32
+      head      1
     """
-    widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in (names, *rows)
-    ]
-    rule = "-" * max(map(len, lines))
-    return "\n".join([lines[0], rule, *lines[1:]])
+    lines = [tuple(header), *map(tuple, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    first, *texts = (
+        "  ".join(
+            cell.rjust(width) if numbers and i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+    return "\n".join([first, "-" * len(first), *texts])

@@ -3,25 +3,39 @@
 A model is split once into its static structure and a :class:`TrainState`. Everything that a step
 needs or changes is in the state, random streams and running sums of the metrics included, so that
 a run can stop after any step and continue with the same numbers.
+
+A batch is any pytree of arrays that share their first axis, one entry a sample. What of it the
+model is called with is the first entry of ``(x, y)`` or the entry ``"image"``, ``"x"`` or
+``"inputs"`` of a dictionary, or whatever ``inputs=`` says (:func:`default_inputs`). The loss and
+the metrics are functions of the model's outputs and the batch, and give one number a sample.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from fqt_jax.binarize import check_float
-from fqt_jax.gradients import OneDraw, batch_gradients, drawn_gradients
+from fqt_jax.batches import Padded as Padded
+from fqt_jax.batches import Part, batch_size, default_inputs
+from fqt_jax.batches import pad_batch as pad_batch
+from fqt_jax.estimators.base import Estimator, SplitModel
+from fqt_jax.estimators.full_batch import FullBatch
+from fqt_jax.losses import CrossEntropy as CrossEntropy
+from fqt_jax.losses import Loss
+from fqt_jax.metrics import Metric, check_names, check_per_sample, evaluate_metrics
+from fqt_jax.metrics import Metrics as Metrics
+from fqt_jax.steps import EvalStep, TrainStep
+from fqt_jax.steps import gather_on_device as gather_on_device
 
-Images = jax.Array
-Preprocess = Callable[[Images, jax.Array], jax.Array]
+NO_METRICS: Mapping[str, Metric] = MappingProxyType({})
 
 
 @functools.partial(
@@ -48,70 +62,29 @@ class TrainState:
     metrics: Metrics
 
 
-class Metrics(NamedTuple):
-    """Running sums, on the device: ``loss`` and ``correct`` over ``total`` images."""
-
-    loss: jax.Array
-    correct: jax.Array
-    total: jax.Array
-
-    @classmethod
-    def zero(cls) -> Metrics:
-        """Sums over no images."""
-        return cls(*(jnp.zeros((), dtype) for dtype in (jnp.float32, jnp.int32, jnp.int32)))
-
-    def means(self) -> dict[str, float]:
-        """Mean loss and accuracy, as Python numbers; waits for the device."""
-        total = max(1, int(self.total))
-        return {"loss": float(self.loss) / total, "accuracy": int(self.correct) / total}
-
-
-def cross_entropy(logits: jax.Array, labels: jax.Array, *, smoothing: float = 0.0) -> jax.Array:
-    r"""Softmax cross-entropy of each sample, with label smoothing.
-
-    .. math:: -\sum_c q_c \log \mathrm{softmax}(z)_c, \qquad
-       q = (1 - \epsilon)\, e_{label} + \epsilon / C
-
-    Args:
-      logits: ``[N, C]``, floating point.
-      labels: ``int[N]``, in 0..C-1.
-      smoothing: ``epsilon``, in [0, 1).
-
-    Returns:
-      ``[N]``, in nats.
-
-    Raises:
-      TypeError: ``logits`` is not a floating-point array.
-      ValueError: ``smoothing`` is outside [0, 1).
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> cross_entropy(jnp.zeros((1, 4)), jnp.array([2]), smoothing=0.1)
-      Array([1.3862944], dtype=float32)
-    """
-    check_float("logits", logits)
-    if not 0 <= smoothing < 1:
-        raise ValueError(f"smoothing must be in [0, 1); got {smoothing}.")
-    log_p = jax.nn.log_softmax(logits)
-    own = jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
-    if smoothing == 0:
-        return -own
-    return -(1 - smoothing) * own - smoothing * jnp.mean(log_p, axis=-1)
-
-
 def create_state(
-    model: nnx.Module, optimizer: optax.GradientTransformation
+    model: nnx.Module, optimizer: optax.GradientTransformation, metrics: Iterable[str] = ()
 ) -> tuple[Any, TrainState]:
     """Splits a model into its static structure and the state that training changes.
 
+    Args:
+      model: any Flax NNX module.
+      optimizer: an Optax optimizer.
+      metrics: the names of the metrics that the training step sums besides the loss; the
+        dictionary that :func:`make_train_step` takes serves.
+
     Returns:
       ``(graphdef, state)``; :func:`merge_model` puts them together again.
+
+    Raises:
+      ValueError: a metric is called ``"loss"``.
     """
     graphdef, params, others = nnx.split(model, nnx.Param, ...)
     # Copies: a step donates its state, and the caller's model must survive it.
     params, others = jax.tree.map(jnp.copy, (params, others))
     opt_state = jax.jit(optimizer.init)(params)
-    return graphdef, TrainState(params, others, opt_state, jnp.zeros((), jnp.int32), Metrics.zero())
+    zero = Metrics.zero(metrics)
+    return graphdef, TrainState(params, others, opt_state, jnp.zeros((), jnp.int32), zero)
 
 
 def merge_model(graphdef: Any, state: TrainState) -> Any:
@@ -121,113 +94,146 @@ def merge_model(graphdef: Any, state: TrainState) -> Any:
 
 def reset_metrics(state: TrainState) -> TrainState:
     """The state with its running sums at zero."""
-    return dataclasses.replace(state, metrics=Metrics.zero())
+    names = (name for name in state.metrics.sums if name != "loss")
+    return dataclasses.replace(state, metrics=Metrics.zero(names))
 
 
 def make_train_step(
     graphdef: Any,
     optimizer: optax.GradientTransformation,
     *,
-    smoothing: float = 0.0,
-    preprocess: Preprocess | None = None,
-    one_draw: OneDraw | None = None,
-    stratify: bool = False,
-    remat: bool = False,
-) -> Callable[[TrainState, Images, jax.Array, jax.Array, jax.Array], tuple[TrainState, jax.Array]]:
-    """Builds the jitted training step.
+    loss: Loss,
+    estimator: Estimator = FullBatch(),
+    metrics: Mapping[str, Metric] = NO_METRICS,
+    inputs: Part = default_inputs,
+    preprocess: Callable[[Any, jax.Array], Any] | None = None,
+) -> TrainStep:
+    """Builds the training step.
 
     Args:
       graphdef: static structure of the model.
       optimizer: an Optax optimizer.
-      smoothing: label smoothing.
-      preprocess: ``(images, key) -> images``, run on the device inside the step: augmentation and
+      loss: ``(outputs, batch) -> losses``, one number a sample; its mean is what is trained on.
+        :class:`CrossEntropy` also checks labels.
+      estimator: of the gradient: that of the whole batch, or
+        :class:`~fqt_jax.estimators.OneDraw`, or another (:mod:`fqt_jax.estimators`).
+      metrics: by name, what is summed besides the loss: ``(outputs, batch) -> values``, one number
+        a sample, or ``(sums, counts)`` (:data:`fqt_jax.metrics.Metric`). The state must have been
+        created with the same names.
+      inputs: ``batch -> input``: what of a batch the model is called with; a tuple is several
+        arguments.
+      preprocess: ``(batch, key) -> batch``, run on the device inside the step: augmentation and
         normalization.
-      one_draw: prune once for the whole network rather than in each layer.
-      stratify: lay the batch out by label. The systematic sampler takes evenly from any stretch
-        of neighbours, so every class then gets its share of the drawn samples; that stays unbiased
-        and lowers the noise of their sum. Nothing else depends on the order, up to rounding.
-      remat: keep from the forward pass only what quantized layers name, bits and integer sums
-        (:data:`fqt_jax.fused.parts.RESIDUAL_NAMES`), and compute norms and activations again.
 
     Returns:
-      ``step(state, images, labels, indices, key) -> (state, loss)``. ``images`` and ``labels`` are
-      the whole training set on the device, ``indices`` ``int32[batch]`` picks the batch, so that
-      no data cross from the host. ``key`` seeds preprocessing; it is folded with ``state.step``.
-      ``loss`` is the batch's mean. The state is donated: do not use it again.
-    """
+      ``step(state, batch, key) -> (state, loss)``. ``key`` is folded with ``state.step`` and seeds
+      preprocessing and the estimator. ``loss`` is the batch's mean, still on the device. The state
+      is donated: do not use it again.
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(
-        state: TrainState, images: Images, labels: jax.Array, indices: jax.Array, key: jax.Array
-    ) -> tuple[TrainState, jax.Array]:
-        y = jnp.take(labels, indices, axis=0)
-        if stratify:
-            order = jnp.argsort(y, stable=True)
-            indices, y = indices[order], y[order]
-        x = jnp.take(images, indices, axis=0)
+    Raises:
+      TypeError: ``estimator`` has no method ``gradients``.
+      ValueError: a metric is called ``"loss"``. The first step with a batch of a new shape raises
+        for an empty batch, arrays of different lengths, a loss or metric that is not one number a
+        sample, and metrics that the state does not sum.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from flax import nnx
+      >>> def square_error(outputs, batch):
+      ...     return jnp.mean(jnp.square(outputs - batch["y"]), axis=-1)
+      >>> optimizer = optax.sgd(0.5)
+      >>> graphdef, state = create_state(nnx.Linear(3, 1, rngs=nnx.Rngs(0)), optimizer)
+      >>> step = make_train_step(graphdef, optimizer, loss=square_error)
+      >>> batch = {"x": jnp.eye(3), "y": jnp.ones((3, 1))}
+      >>> for _ in range(100):
+      ...     state, loss = step(state, batch, jax.random.key(0))
+      >>> bool(loss < 1e-6), int(state.step)
+      (True, 100)
+    """
+    check_names(metrics)
+    if isinstance(estimator, type) or not hasattr(estimator, "gradients"):
+        raise TypeError(
+            f"estimator must be an object with a method gradients, such as FullBatch(); got "
+            f"{estimator!r}."
+        )
+
+    def losses_of(outputs: Any, batch: Any) -> jax.Array:
+        return _losses(loss, outputs, batch, batch_size(batch))
+
+    def step(state: TrainState, batch: Any, key: jax.Array) -> tuple[TrainState, jax.Array]:
+        batch_size(batch)
         key = jax.random.fold_in(key, state.step)
         if preprocess is not None:
-            x = preprocess(x, key)
-        losses_of = functools.partial(cross_entropy, smoothing=smoothing)
-        model = (graphdef, state.params, state.others)
-        if one_draw is None:
-            result = batch_gradients(*model, x, y, losses_of, remat=remat)
-        else:
-            draw_key = jax.random.fold_in(key, 1)
-            result = drawn_gradients(*model, x, y, losses_of, one_draw, draw_key, remat=remat)
+            batch = preprocess(batch, key)
+        n = batch_size(batch)
+        model = SplitModel(graphdef, state.params, state.others, inputs)
+        result = estimator.gradients(model, batch, losses_of, jax.random.fold_in(key, 1))
         updates, opt_state = optimizer.update(result.grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        loss = jnp.sum(losses_of(result.logits, y))
-        metrics = _add(state.metrics, loss, result.logits, y, jnp.ones(y.shape, jnp.bool_))
-        new = TrainState(params, result.others, opt_state, state.step + 1, metrics)
-        return new, loss / y.shape[0]
+        losses = losses_of(result.outputs, batch)
+        values = evaluate_metrics(metrics, result.outputs, batch, n)
+        sums = state.metrics.add({"loss": losses, **values})
+        new = TrainState(params, result.others, opt_state, state.step + 1, sums)
+        return new, jnp.sum(losses) / n
 
-    return step
+    return TrainStep(step, loss)
 
 
 def make_eval_step(
-    graphdef: Any, *, preprocess: Callable[[Images], jax.Array] | None = None
-) -> Callable[[TrainState, Metrics, Images, jax.Array, jax.Array], Metrics]:
-    """Builds the jitted evaluation step: no labels smoothed, batch statistics fixed.
+    graphdef: Any,
+    *,
+    loss: Loss,
+    metrics: Mapping[str, Metric] = NO_METRICS,
+    inputs: Part = default_inputs,
+    preprocess: Callable[[Any], Any] | None = None,
+) -> EvalStep:
+    """Builds the evaluation step, in which batch statistics are fixed.
 
     Args:
       graphdef: static structure of the model.
-      preprocess: ``images -> images``, run on the device inside the step.
+      loss, metrics, inputs: as for :func:`make_train_step`.
+      preprocess: ``batch -> batch``, run on the device inside the step.
 
     Returns:
-      ``step(state, metrics, images, labels, indices) -> metrics``. Negative indices are padding
-      and count for nothing, so that a last, shorter batch needs no compilation of its own.
+      ``step(state, metrics, batch) -> metrics``: running sums, which begin with ``None`` or
+      ``Metrics.zero(names)``. The sums that are passed are donated. A last, shorter batch may be
+      filled up by :func:`pad_batch`, so that it needs no compilation of its own.
+
+    Raises:
+      ValueError: as :func:`make_train_step`.
+
+    Example:
+      >>> import jax.numpy as jnp, numpy as np, optax
+      >>> from flax import nnx
+      >>> graphdef, state = create_state(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), optax.sgd(0.1))
+      >>> loss = CrossEntropy(num_classes=2)
+      >>> evaluate = make_eval_step(graphdef, loss=loss, metrics={"accuracy": loss.accuracy})
+      >>> sums = evaluate(state, None, {"x": np.ones((4, 3)), "label": np.array([0, 1, 0, 1])})
+      >>> last = {"x": np.ones((2, 3)), "label": np.array([0, 1])}
+      >>> evaluate(state, sums, pad_batch(last, 4)).means()["accuracy"]
+      0.5
     """
+    names = check_names(metrics)
 
-    @functools.partial(jax.jit, donate_argnums=1)
-    def step(
-        state: TrainState,
-        metrics: Metrics,
-        images: Images,
-        labels: jax.Array,
-        indices: jax.Array,
-    ) -> Metrics:
-        valid = indices >= 0
-        x = jnp.take(images, jnp.maximum(indices, 0), axis=0)
-        y = jnp.take(labels, jnp.maximum(indices, 0), axis=0)
+    def step(state: TrainState, sums: Metrics, padded: Padded) -> Metrics:
+        batch_size(padded)
+        batch, valid = padded
         if preprocess is not None:
-            x = preprocess(x)
-        model = nnx.merge(graphdef, state.params, state.others, copy=True)
+            batch = preprocess(batch)
+        n = batch_size(batch)
+        model = merge_model(graphdef, state)
         model.eval()
-        logits = model(x)
-        losses = cross_entropy(logits, y)
-        loss = jnp.sum(jnp.where(valid, losses, jnp.float32(0)))
-        return _add(metrics, loss, logits, y, valid)
+        given = inputs(batch)
+        outputs = model(*given) if isinstance(given, tuple) else model(given)
+        values = evaluate_metrics(metrics, outputs, batch, n)
+        return sums.add({"loss": _losses(loss, outputs, batch, n), **values}, valid)
 
-    return step
+    return EvalStep(step, loss, names)
 
 
-def _add(
-    metrics: Metrics, loss: jax.Array, logits: jax.Array, labels: jax.Array, valid: jax.Array
-) -> Metrics:
-    hits = (jnp.argmax(logits, axis=-1).astype(labels.dtype) == labels) & valid
-    return Metrics(
-        metrics.loss + loss,
-        metrics.correct + jnp.sum(hits, dtype=jnp.int32),
-        metrics.total + jnp.sum(valid, dtype=jnp.int32),
-    )
+def _losses(loss: Loss, outputs: Any, batch: Any, n: int) -> jax.Array:
+    """The loss of each sample, in ``float32`` at least."""
+    losses = check_per_sample("the loss", loss(outputs, batch), n)
+    if not jnp.issubdtype(losses.dtype, jnp.floating):
+        raise TypeError(f"the loss must be floating-point; got {losses.dtype}.")
+    return losses.astype(jnp.promote_types(losses.dtype, jnp.float32))

@@ -99,6 +99,10 @@ class Special(nnx.Conv):
     pass
 
 
+def own_product(*operands, **options):
+    return jax.lax.conv_general_dilated(*operands, **options)
+
+
 def one_conv(**options):
     kind = options.pop("kind", nnx.Conv)
     size = options.pop("size", (3, 3))
@@ -117,6 +121,7 @@ def one_conv(**options):
         ({"size": (3,)}, "1-dimensional"),
         ({"dtype": jnp.bfloat16}, "float32"),
         ({"kind": Special}, "subclass"),
+        ({"conv_general_dilated": own_product}, "a conv_general_dilated of its own"),
     ],
 )
 def test_layers_that_cannot_be_quantized_are_refused_unless_kept_float(options, reason):
@@ -144,5 +149,46 @@ def test_bad_rules_are_named(rules, error, message):
 
 
 def test_a_model_without_layers_is_an_error():
-    with pytest.raises(ValueError, match=r"no nnx\.Conv and no nnx\.Linear"):
+    with pytest.raises(
+        ValueError, match=r"Sequential has no layer that can be quantized \(Conv, Linear\)"
+    ):
         fqt.quantize(nnx.Sequential(nnx.relu), fqt.FQT1)
+
+
+def test_a_layer_that_computes_in_a_way_of_its_own_is_refused():
+    rngs = nnx.Rngs(0)
+    layers = [nnx.Linear(4, 4, rngs=rngs) for _ in range(2)]
+    layers[1].dot_general = own_product
+    rules = [("layers/1", fqt.QAT)]
+    with pytest.raises(ValueError, match="layers/1 cannot be quantized: it has a dot_general of"):
+        fqt.quantize(nnx.Sequential(*layers), fqt.QAT, rules)
+
+
+def test_a_model_that_is_one_layer_is_converted_by_a_rule():
+    layer = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"leave every layer in full precision.* Layers: ''"):
+        fqt.quantize(layer, fqt.QAT)
+    model, table = fqt.quantize(layer, fqt.QAT, [("", fqt.QAT)])
+    assert type(model) is fqt.QuantLinear
+    assert recipes(table) == {"": fqt.QAT}
+
+
+def test_layers_in_any_container_are_found():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.stem = nnx.Linear(4, 4, rngs=rngs)
+            self._private = nnx.Linear(4, 4, rngs=rngs)
+            self.named = nnx.Dict(a=nnx.Linear(4, 4, rngs=rngs))
+            self.pair = nnx.data((nnx.Linear(4, 4, rngs=rngs),))
+            self.head = nnx.Linear(4, 4, rngs=rngs)
+
+        def __call__(self, x):
+            return self.head(self.pair[0](self.named.a(self._private(self.stem(x)))))
+
+    model, table = fqt.quantize(Model(nnx.Rngs(0)), fqt.QAT)
+    binary = [path for path, recipe in recipes(table).items() if recipe.binary]
+    assert binary == ["_private", "named/a", "pair/0"]
+    found = fqt.diagnostics.layer_gradients(
+        model, jnp.ones((3, 4)), jnp.arange(3), key=jax.random.key(0)
+    )
+    assert list(found) == binary

@@ -11,17 +11,16 @@ from jax.sharding import PartitionSpec as P
 
 import fqt_jax as fqt
 from fqt_jax import FQT1, FULL_PRECISION, PSQ1, QAT, binarize, weight_scale
-from fqt_jax.functional import resolve_window
 from fqt_jax.kernels import Window
+from fqt_jax.windows import resolve_window
 from tests import reference
 
 KEY = jax.random.key(5)
 run_conv = jax.jit(fqt.conv, static_argnames="recipe")
 
 
-def recipe_with(recipe=FQT1, *, prune=None, scale=None, **gradient):
-    changes = {"prune": prune, "scale": scale}
-    changes = {name: value for name, value in changes.items() if value is not None}
+def recipe_with(recipe=FQT1, *, scale=None, **gradient):
+    changes = {} if scale is None else {"scale": scale}
     if gradient:
         changes["gradient"] = dataclasses.replace(recipe.gradient, **gradient)
     return dataclasses.replace(recipe, **changes)
@@ -190,7 +189,7 @@ def assert_converges(draws, exact):
         recipe_with(prune="shared", groups="sample", bits=2),
         recipe_with(prune="shared", groups="tensor", scale="none"),
     ],
-    ids=lambda r: f"{r.prune}-{r.gradient.groups}-{r.gradient.sampler}-{r.gradient.importance}",
+    ids=str,
 )
 def test_quantized_gradients_converge_to_the_float_ones(recipe):
     assert_converges(*gradients_of_draws(recipe))

@@ -3,7 +3,8 @@ import dataclasses
 import pytest
 
 import fqt_jax as fqt
-from fqt_jax import FQT1, FULL_PRECISION, PSQ1, QAT, GradientQuantizer, Recipe
+from fqt_jax import FQT1, FQT1_PLUS, FULL_PRECISION, PSQ1, QAT, GradientQuantizer, Recipe
+from fqt_jax.samplers import Systematic
 
 
 @pytest.mark.parametrize("bits", [0, 9, -1])
@@ -30,13 +31,16 @@ def test_keep_of_the_wrong_type(keep):
         GradientQuantizer(keep=keep)
 
 
+def unpruned(**options) -> GradientQuantizer:
+    return GradientQuantizer(keep=1.0, **options)
+
+
 @pytest.mark.parametrize(
     ("make", "field", "allowed"),
     [
-        (GradientQuantizer, "sampler", ("systematic", "bernoulli", "topk", "uniform")),
         (GradientQuantizer, "importance", ("range", "norm")),
-        (GradientQuantizer, "groups", ("sample_channel", "sample", "tensor")),
-        (Recipe, "prune", ("channels", "shared")),
+        (unpruned, "groups", ("sample_channel", "sample", "tensor")),
+        (GradientQuantizer, "prune", ("channels", "shared")),
         (Recipe, "scale", ("mean_abs", "none", "learned")),
     ],
 )
@@ -65,7 +69,6 @@ def test_gradient_must_be_a_quantizer():
     "change",
     [
         {"gradient": GradientQuantizer()},
-        {"prune": "shared"},
         {"scale": "none"},
         {"scale": "learned"},
         {"clip": False},
@@ -80,22 +83,64 @@ def test_full_precision_takes_nothing_else(change):
 
 
 def test_sample_groups_cannot_prune_channels():
-    pruned = GradientQuantizer(bits=2, groups="sample")
     with pytest.raises(ValueError, match="set prune='shared'"):
-        Recipe(gradient=pruned)
-    assert Recipe(gradient=pruned, prune="shared").gradient is pruned
-    everything = dataclasses.replace(pruned, keep=1.0)
-    assert Recipe(gradient=everything).prune == "channels"
+        GradientQuantizer(bits=2, groups="sample")
+    assert GradientQuantizer(bits=2, groups="sample", prune="shared").keep_fraction == 0.5
+    assert GradientQuantizer(bits=2, keep=1.0, groups="sample").prune == "channels"
     with pytest.raises(ValueError, match="set prune='shared'"):
         dataclasses.replace(PSQ1, gradient=dataclasses.replace(PSQ1.gradient, keep=0.5))
 
 
+@pytest.mark.parametrize(
+    ("groups", "prune", "of_input", "of_weight"),
+    [
+        ("sample_channel", "channels", "samples samples", "channels channels"),
+        ("sample_channel", "shared", "samples samples", "samples channels"),
+        ("sample", "shared", "samples samples", "samples samples"),
+        ("tensor", "channels", "samples samples", "channels channels"),
+        ("tensor", "shared", "samples samples", "samples channels"),
+    ],
+)
+def test_grouping(groups, prune, of_input, of_weight):
+    """Which groups are pruned, and which have a scale of their own."""
+    quantizer = GradientQuantizer(bits=2, groups=groups, prune=prune)
+    for product, expected in (("input", of_input), ("weight", of_weight)):
+        grouping = quantizer.grouping(product)
+        assert f"{grouping.pruned} {grouping.scaled}" == expected
+        assert grouping.one_scale == (groups == "tensor")
+        part = quantizer.kept_part(product, samples=8, channels=3)
+        assert part == (4 / 8 if grouping.pruned == "samples" else 2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "text"),
+    [
+        (FULL_PRECISION, "float"),
+        (QAT, "binary, float gradients"),
+        (PSQ1, "binary, 1-bit gradients per sample"),
+        (
+            Recipe(
+                gradient=GradientQuantizer(2, 0.125, "topk", "norm", "tensor", "shared"),
+                scale="none",
+                clip=False,
+            ),
+            "binary, scale none, no clip, "
+            "2-bit gradients per tensor of 12% (topk, shared, by norm)",
+        ),
+    ],
+)
+def test_a_recipe_in_words(recipe, text):
+    assert str(recipe) == text
+
+
 def test_replace_checks_again():
-    shared = dataclasses.replace(FQT1, prune="shared")
-    assert (shared.prune, shared.gradient, shared.scale) == ("shared", FQT1.gradient, "mean_abs")
-    assert FQT1.prune == "channels"
+    shared = dataclasses.replace(FQT1.gradient, prune="shared")
+    assert (shared.prune, shared.bits, shared.sampler) == ("shared", 4, FQT1.gradient.sampler)
+    assert FQT1.gradient.prune == "channels"
     with pytest.raises(ValueError, match="prune"):
-        dataclasses.replace(FQT1, prune="everything")
+        dataclasses.replace(FQT1.gradient, prune="everything")
+    with pytest.raises(ValueError, match="sampler"):
+        dataclasses.replace(FQT1.gradient, sampler="everything")
     with pytest.raises(ValueError, match="bits"):
         dataclasses.replace(FQT1.gradient, bits=0)
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -141,7 +186,8 @@ def test_named_recipes():
     assert (PSQ1.gradient.bits, PSQ1.gradient.keep_fraction) == (1, 1.0)
     assert PSQ1.gradient.groups == "sample"
     assert (FQT1.gradient.bits, FQT1.gradient.keep_fraction) == (4, 0.25)
-    assert (FQT1.gradient.sampler, FQT1.gradient.groups) == ("systematic", "sample_channel")
+    assert (FQT1.gradient.sampler, FQT1.gradient.groups) == (Systematic(), "sample_channel")
+    assert dataclasses.replace(FQT1.gradient, prune="shared") == FQT1_PLUS.gradient
 
 
 @pytest.mark.parametrize(

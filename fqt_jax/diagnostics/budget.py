@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar, get_args
 
 import jax
 from flax import nnx
 
 from fqt_jax.diagnostics.taps import LayerShape, layer_shapes
 from fqt_jax.kernels.contract import sum_dtype
+from fqt_jax.recipe import Product
+from fqt_jax.text import format_table
 
 _FLOAT_BITS = 32
 
@@ -69,36 +72,29 @@ class Budget(tuple[LayerBudget, ...]):
         """What all layers would keep in float."""
         return sum(layer.float_saved_bytes for layer in self)
 
+    COLUMNS: ClassVar[dict[str, Callable[[LayerBudget], str]]] = {
+        "layer": lambda layer: layer.path or "(model)",
+        "weights": lambda layer: f"{layer.weights:,}",
+        "weight bits": lambda layer: str(layer.weight_bits),
+        "inputs": lambda layer: f"{layer.activations:,}",
+        "input bits": lambda layer: str(layer.activation_bits),
+        "gradient bits": lambda layer: (
+            f"{layer.input_gradient_bits:.3g} / {layer.weight_gradient_bits:.3g}"
+        ),
+        "kept, KiB": lambda layer: (
+            f"{layer.saved_bytes / 1024:.1f} of {layer.float_saved_bytes / 1024:.1f}"
+        ),
+    }
+
     def __str__(self) -> str:
-        rows = [("layer", "weights", "bits", "inputs", "bits", "gradient bits", "kept, KiB")]
-        for layer in self:
-            gradient = f"{layer.input_gradient_bits:.3g} / {layer.weight_gradient_bits:.3g}"
-            kept = f"{layer.saved_bytes / 1024:.1f} of {layer.float_saved_bytes / 1024:.1f}"
-            rows.append(
-                (
-                    layer.path or "(model)",
-                    f"{layer.weights:,}",
-                    str(layer.weight_bits),
-                    f"{layer.activations:,}",
-                    str(layer.activation_bits),
-                    gradient,
-                    kept,
-                )
-            )
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [
-            "  ".join(
-                cell.ljust(w) if i == 0 else cell.rjust(w)
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        ]
+        rows = ([cell(layer) for cell in self.COLUMNS.values()] for layer in self)
+        table = format_table(tuple(self.COLUMNS), rows, numbers=True)
         total = (
             f"weights {self.weight_bytes / 1024:.1f} KiB "
             f"(float: {4 * sum(layer.weights for layer in self) / 1024:.1f}), kept for backward "
             f"{self.saved_bytes / 1024:.1f} KiB (float: {self.float_saved_bytes / 1024:.1f})"
         )
-        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], total])
+        return f"{table}\n{total}"
 
 
 def budget(model: nnx.Module, x: jax.Array | jax.ShapeDtypeStruct) -> Budget:
@@ -116,11 +112,11 @@ def budget(model: nnx.Module, x: jax.Array | jax.ShapeDtypeStruct) -> Budget:
       >>> net = VGG(((8, 8),), num_classes=10, in_features=1, rngs=nnx.Rngs(0))
       >>> model, _ = fqt.quantize(net, fqt.FQT1)
       >>> print(budget(model, jax.ShapeDtypeStruct((4, 6, 6, 1), jnp.float32)))
-      layer            weights  bits  inputs  bits  gradient bits   kept, KiB
-      -----------------------------------------------------------------------
-      stages/0/0/conv       72    32     144    32        32 / 32  0.6 of 0.6
-      stages/0/1/conv      576     1   1,152     1          1 / 1  2.5 of 4.5
-      head                  80    32      32    32        32 / 32  0.1 of 0.1
+      layer            weights  weight bits  inputs  input bits  gradient bits   kept, KiB
+      ------------------------------------------------------------------------------------
+      stages/0/0/conv       72           32     144          32        32 / 32  0.6 of 0.6
+      stages/0/1/conv      576            1   1,152           1          1 / 1  2.5 of 4.5
+      head                  80           32      32          32        32 / 32  0.1 of 0.1
       weights 0.7 KiB (float: 2.8), kept for backward 3.2 KiB (float: 5.2)
     """
     return Budget(_layer_budget(layer) for layer in layer_shapes(model, x))
@@ -138,14 +134,14 @@ def _layer_budget(layer: LayerShape) -> LayerBudget:
         words = 4 * n * math.ceil(math.prod(layer.input[1:]) / 32)
         saved = words * (2 if recipe.clip else 1)
         if recipe.scale != "none":
-            size = sum_dtype(math.prod(layer.kernel[:-1])).itemsize
-            saved += math.prod(layer.output) * size
+            saved += math.prod(layer.output) * sum_dtype(layer.terms).itemsize
     quantizer = recipe.gradient
     to_input = to_weight = float(_FLOAT_BITS)
     if quantizer is not None:
-        to_input = quantizer.bits * quantizer.kept(n) / n
-        by_channel = recipe.prune == "channels" and quantizer.groups != "sample"
-        to_weight = quantizer.bits * quantizer.kept(o) / o if by_channel else to_input
+        to_input, to_weight = (
+            quantizer.bits * quantizer.kept_part(product, samples=n, channels=o)
+            for product in get_args(Product)
+        )
     counts: dict[str, Any] = {
         "weights": math.prod(layer.kernel),
         "weight_bits": operand_bits,

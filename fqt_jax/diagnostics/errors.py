@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -12,33 +13,27 @@ import numpy as np
 from fqt_jax.grouping import roundings
 from fqt_jax.kernels.contract import Rounding
 from fqt_jax.kernels.scaling import code_step, gradient_codes, per_sample
-from fqt_jax.pruning import Selection
-from fqt_jax.recipe import GradientQuantizer, Prune
+from fqt_jax.recipe import GradientQuantizer, Product
 from fqt_jax.rounding import seeds_from_key
-from fqt_jax.theory.variance import GradientError, Product, gradient_error
+from fqt_jax.samplers import SAMPLERS, Selection
+from fqt_jax.theory.variance import GradientError, gradient_error
 
 
 class Quantization(NamedTuple):
     """How a gradient is quantized for one of the two products.
 
     Attributes:
-      quantizer: bits, keep, sampler, importance, groups.
+      quantizer: bits, keep, sampler, importance, groups, prune.
       product: ``"input"`` or ``"weight"``.
-      prune: what the weight gradient keeps.
     """
 
     quantizer: GradientQuantizer
     product: Product = "input"
-    prune: Prune = "channels"
 
     def predicted(self, g: jax.Array, selections: int = 256) -> GradientError:
         """:func:`fqt_jax.theory.gradient_error` of ``g``."""
         return gradient_error(
-            np.asarray(g),
-            self.quantizer,
-            product=self.product,
-            prune=self.prune,
-            selections=selections,
+            np.asarray(g), self.quantizer, product=self.product, selections=selections
         )
 
 
@@ -48,11 +43,12 @@ def _compared() -> dict[str, Quantization]:
         "psq": Quantization(GradientQuantizer(1, 1.0, groups="sample")),
         "per_channel": Quantization(GradientQuantizer(1, 1.0), "weight"),
     }
-    for sampler in ("systematic", "bernoulli", "uniform", "topk"):
+    for sampler in SAMPLERS:
         agp = GradientQuantizer(4, sampler=sampler)
         table[f"agp_{sampler}/samples"] = Quantization(agp)
         table[f"agp_{sampler}/channels"] = Quantization(agp, "weight")
-        table[f"agp_{sampler}/shared"] = Quantization(agp, "weight", "shared")
+        shared = dataclasses.replace(agp, prune="shared")
+        table[f"agp_{sampler}/shared"] = Quantization(shared, "weight")
     return table
 
 
@@ -155,9 +151,8 @@ def _kept_values(
     g: jax.Array, quantization: Quantization, key: jax.Array
 ) -> tuple[jax.Array, Selection | None, Selection | None]:
     """Values of the kept block, by the definition in :class:`fqt_jax.kernels.Rounding`."""
-    quantizer, product, prune = quantization
-    both = roundings(g, quantizer, prune == "shared", seeds_from_key(key, 4))
-    rounding: Rounding = both[0 if product == "input" else 1]
+    both = roundings(g, quantization.quantizer, seeds_from_key(key, 4))
+    rounding: Rounding = both[0 if quantization.product == "input" else 1]
     lo, step = rounding.lo, code_step(rounding)
     codes = gradient_codes(g, rounding).astype(jnp.float32)
     own: Selection | None = getattr(rounding, rounding.groups)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
+import optax
 
 from fqt_jax.diagnostics.errors import Quantization
 from fqt_jax.diagnostics.groups import effective_groups, group_ranges, sign_flip_ratio
-from fqt_jax.diagnostics.taps import LayerGradient, layer_gradients, noise_to_signal
-from fqt_jax.gradients import LossesOf
-from fqt_jax.training import TrainState, cross_entropy, merge_model
+from fqt_jax.diagnostics.taps import LayerGradient, LossesOf, layer_gradients, noise_to_signal
+from fqt_jax.recipe import Product
+from fqt_jax.training import TrainState, merge_model
 
 STALL_NOISE_TO_SIGNAL = 3**-0.5
 r"""Noise-to-signal ratio of a gradient past which quantized training was found less effective:
@@ -34,7 +35,7 @@ def diagnose(
     *,
     passes: int = 8,
     previous: Any = None,
-    losses_of: LossesOf = cross_entropy,
+    losses_of: LossesOf = optax.softmax_cross_entropy_with_integer_labels,
 ) -> dict[str, float]:
     """Diagnoses each quantized layer on a batch; changes nothing.
 
@@ -116,12 +117,11 @@ def describe(layer: LayerGradient) -> dict[str, float]:
         entry[name] = float(g.shape[axis])
         entry[f"effective_{name}"] = effective_groups(group_ranges(g, axis))
         entry[f"exact_effective_{name}"] = effective_groups(group_ranges(layer.exact_g, axis))
-    quantizer, prune = layer.recipe.gradient, layer.recipe.prune
-    for product in ("input", "weight"):
+    quantizer = layer.recipe.gradient
+    for product in get_args(Product):
         error = 0.0
         if quantizer is not None:
-            how = Quantization(quantizer, product, prune)
-            error = how.predicted(layer.g).total
+            error = Quantization(quantizer, product).predicted(layer.g).total
         entry[f"{product}_noise_to_signal"] = math.sqrt(error) / norm if norm else 0.0
     return entry | _threshold(layer.noise_to_signal)
 

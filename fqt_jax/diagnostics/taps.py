@@ -8,23 +8,28 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 from fqt_jax.binarize import weight_scale
-from fqt_jax.gradients import LossesOf
-from fqt_jax.layers import QuantConv, QuantLinear
+from fqt_jax.kernels.contract import Window
+from fqt_jax.layer_types import all_layers, quantized_layers, type_of
 from fqt_jax.recipe import FULL_PRECISION, Recipe
-from fqt_jax.training import cross_entropy
+
+LossesOf = Callable[[jax.Array, jax.Array], jax.Array]
+"""``(outputs, labels) -> losses``, one for each sample."""
 
 Observe = Callable[[str, Any, jax.Array, jax.Array], jax.Array]
 
 
-class LayerShape(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class LayerShape:
     """A layer and the shapes that pass through it, as one product sees them.
 
     Attributes:
@@ -32,13 +37,39 @@ class LayerShape(NamedTuple):
       recipe: what it quantizes.
       kernel: shape of its weights.
       input, output: ``(N, H, W, C)``; height and width of a dense layer are one.
+      terms: how many products each entry of the output sums.
+      window: of the product; ``None`` for a layer that cannot be quantized.
     """
 
     path: str
     recipe: Recipe
     kernel: tuple[int, ...]
-    input: tuple[int, ...]
-    output: tuple[int, ...]
+    input: tuple[int, int, int, int]
+    output: tuple[int, int, int, int]
+    terms: int
+    window: Window | None
+
+    @property
+    def products(self) -> int:
+        """Multiply-adds of its forward pass."""
+        return math.prod(self.output) * self.terms
+
+    @classmethod
+    def of(cls, path: str, layer: Any, x: jax.Array, y: jax.Array) -> LayerShape:
+        """Of a layer that maps ``x`` to ``y``."""
+        kind = type_of(layer)
+        n, height, width, channels = kind.as_images(layer, x).shape
+        samples, rows, columns, out_channels = kind.as_images(layer, y).shape
+        served = isinstance(layer, kind.quantized_type) or kind.obstacle(layer) is None
+        return cls(
+            path,
+            getattr(layer, "recipe", FULL_PRECISION),
+            tuple(layer.kernel.shape),
+            (n, height, width, channels),
+            (samples, rows, columns, out_channels),
+            kind.terms(layer),
+            kind.window(layer, (height, width)) if served else None,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +133,7 @@ def layer_shapes(model: nnx.Module, x: jax.Array | jax.ShapeDtypeStruct) -> list
     found: list[LayerShape] = []
 
     def observe(path: str, layer: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        recipe = getattr(layer, "recipe", FULL_PRECISION)
-        shapes = (_as_images(layer, x).shape, _as_images(layer, y).shape)
-        found.append(LayerShape(path, recipe, tuple(layer.kernel.shape), *shapes))
+        found.append(LayerShape.of(path, layer, x, y))
         return y
 
     def run(state: Any, x: jax.Array) -> jax.Array:
@@ -121,7 +150,7 @@ def layer_gradients(
     *,
     key: jax.Array,
     passes: int = 8,
-    losses_of: LossesOf = cross_entropy,
+    losses_of: LossesOf = optax.softmax_cross_entropy_with_integer_labels,
 ) -> dict[str, LayerGradient]:
     """Gradients of each quantized layer of a model on a batch, from real backward passes.
 
@@ -189,7 +218,7 @@ def _backward(
 ) -> dict[str, tuple[jax.Array, ...]]:
     """For each quantized layer: ``g`` of the last pass, exact ``g``, noise, signal."""
     model = nnx.merge(graphdef, params, others, copy=True)
-    layers = {path: layer for path, layer in _layers(model) if _is_quantized(layer)}
+    layers = _binary_layers(model)
     kernels = {path: layer.kernel[...] for path, layer in layers.items()}
     shapes: dict[str, Any] = {}
 
@@ -197,11 +226,10 @@ def _backward(
         kernels: dict[str, Any], taps: dict[str, Any], key: jax.Array, exact: bool
     ) -> jax.Array:
         model = nnx.merge(graphdef, params, others, copy=True)
-        for path, layer in _layers(model):
-            if path in kernels:
-                layer.kernel[...] = kernels[path]
-                if exact:
-                    layer.recipe = dataclasses.replace(layer.recipe, gradient=None)
+        for path, layer in _binary_layers(model).items():
+            layer.kernel[...] = kernels[path]
+            if exact:
+                layer.recipe = dataclasses.replace(layer.recipe, gradient=None)
         nnx.reseed(model, rounding=key)
         model.train()
 
@@ -236,7 +264,7 @@ def _backward(
     result: dict[str, tuple[jax.Array, ...]] = {}
     for path, layer in layers.items():
         g, exact_g = (
-            _as_images(layer, grads[path]).astype(jnp.float32) * _scale(layer)
+            type_of(layer).as_images(layer, grads[path]).astype(jnp.float32) * _scale(layer)
             for grads in (output_grads, exact_output)
         )
         noise = jnp.sqrt(squares[path] / keys.shape[0])
@@ -252,38 +280,16 @@ def _scale(layer: Any) -> jax.Array:
     return scale.astype(jnp.float32).reshape(1, 1, 1, -1)
 
 
-def _as_images(layer: Any, a: jax.Array) -> jax.Array:
-    """``a`` as the product sees it: all leading axes are samples."""
-    spatial = a.shape[-3:] if isinstance(layer, nnx.Conv | QuantConv) else (1, 1, a.shape[-1])
-    return a.reshape(-1, *spatial)
-
-
-def _is_quantized(layer: Any) -> bool:
-    return isinstance(layer, QuantConv | QuantLinear) and layer.recipe.binary
-
-
-def _layers(model: nnx.Module) -> Iterator[tuple[str, Any]]:
-    """The convolutions and dense layers with their paths; ``""`` where the model is one itself."""
-    kinds = (QuantConv, QuantLinear, nnx.Conv, nnx.Linear)
-    for path, module in nnx.iter_modules(model):
-        if isinstance(module, kinds):
-            yield "/".join(map(str, path)), module
+def _binary_layers(model: nnx.Module) -> dict[str, Any]:
+    places = quantized_layers(model)
+    return {place.path: place.module for place in places if place.module.recipe.binary}
 
 
 def _tapped(model: nnx.Module, observe: Observe) -> Any:
     """The model with a tap in the place of each layer; ``model`` itself is changed."""
-    for path, layer in list(_layers(model)):
-        tap = _Tap(layer, functools.partial(observe, path))
-        if not path:
-            return tap
-        *parents, name = path.split("/")
-        parent: Any = model
-        for step in parents:
-            parent = parent[int(step)] if isinstance(parent, nnx.List) else getattr(parent, step)
-        if isinstance(parent, nnx.List):
-            parent[int(name)] = tap
-        else:
-            setattr(parent, name, tap)
+    for place in all_layers(model):
+        tap = _Tap(place.module, functools.partial(observe, place.path))
+        model = place.put(model, tap)
     return model
 
 
@@ -292,5 +298,5 @@ class _Tap(nnx.Module):
         self.layer = layer
         self._observe = observe
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self._observe(self.layer, x, self.layer(x))
+    def __call__(self, x: jax.Array, *args: Any, **options: Any) -> jax.Array:
+        return self._observe(self.layer, x, self.layer(x, *args, **options))

@@ -24,7 +24,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from fqt_jax import kernels
 from fqt_jax.fused.float_conv import float_conv
@@ -85,9 +84,9 @@ def _run_fwd(
         scale = scale + jnp.where(jnp.isnan(sum(map(jnp.sum, line))), jnp.float32(jnp.nan), 0.0)
         source = kernels.forward(signs, w_signs, link.window, implementation=implementation)
         is_needed = _has_gradient(chain, operands.params, i + 1)
-        kept.sums.append(checkpoint_name(source, "fqt_sums") if is_needed else None)
-        kept.signs.append(checkpoint_name(signs, "fqt_signs"))
-        kept.clips.append(checkpoint_name(clip, "fqt_clip") if link.recipe.clip else None)
+        kept.sums.append(source if is_needed else None)
+        kept.signs.append(signs)
+        kept.clips.append(clip if link.recipe.clip else None)
         kept.w_signs.append(w_signs)
     raise AssertionError("a chain ends with what follows its last product")
 

@@ -12,9 +12,6 @@ from fqt_jax.recipe import Recipe
 
 Order = Literal["norm_act", "act_norm"]
 
-RESIDUAL_NAMES = ("fqt_signs", "fqt_clip", "fqt_sums")
-"""Names of what backward keeps, for :func:`jax.checkpoint_policies.save_only_these_names`."""
-
 
 class Gap(NamedTuple):
     """What stands before, between and after products: a norm and an activation of two slopes,

@@ -58,8 +58,7 @@ def product_gradients(
     """
     for_input, for_weight = None, None
     if link.recipe.gradient is not None and seeds is not None and g.size:
-        shared = link.recipe.prune == "shared"
-        for_input, for_weight = roundings(g, link.recipe.gradient, shared, seeds, bounds)
+        for_input, for_weight = roundings(g, link.recipe.gradient, seeds, bounds)
     d = kernels.input_grad(
         g,
         w_signs,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from fqt_jax.binarize import PackedBits
-from fqt_jax.pruning import Selection
+from fqt_jax.samplers import Selection
 
 Pair = tuple[int, int]
 GroupAxis = Literal["samples", "channels"]
@@ -179,3 +179,46 @@ def check_rounding(rounding: Rounding | None, g: jax.Array, groups: tuple[GroupA
         raise ValueError(
             f"seed must be uint32[2]; got {rounding.seed.dtype}{list(rounding.seed.shape)}."
         )
+
+
+def check_source(source: jax.Array, pool: int = 1) -> None:
+    """Raises unless ``source`` is one of a transform, and windows of ``pool`` fit into it."""
+    if source.ndim != 4:
+        raise ValueError(f"the source must be [N, H, W, C]; got the shape {source.shape}.")
+    if source.dtype.name not in ("int16", "int32", "float32"):
+        raise TypeError(f"the source must be int16, int32 or float32; got {source.dtype}.")
+    if not 1 <= pool <= min(source.shape[1:3]):
+        size = source.shape[1:3]
+        raise ValueError(f"pool must be from 1 to the size of the image, {size}; got {pool}.")
+
+
+def check_floats(shape: tuple[int, ...], **arrays: jax.Array | None) -> None:
+    """Raises unless each array, by its name, is ``float32`` of ``shape`` or ``None``."""
+    for name, array in arrays.items():
+        if array is not None and (array.shape != shape or array.dtype != jnp.float32):
+            raise ValueError(
+                f"{name} must be float32{list(shape)}; got {array.dtype}{list(array.shape)}."
+            )
+
+
+def check_kept(samples: jax.Array | None, n: int) -> int:
+    """How many of ``n`` samples these indices keep, all for ``None``; raises for others."""
+    if samples is None:
+        return n
+    if samples.ndim != 1 or samples.dtype != jnp.int32 or samples.shape[0] > n:
+        raise ValueError(
+            f"samples must be at most {n} indices, int32; got {samples.dtype}{list(samples.shape)}."
+        )
+    return samples.shape[0]
+
+
+def convolved_shape(
+    x_shape: tuple[int, ...], w_shape: tuple[int, ...], window: Window
+) -> tuple[int, ...]:
+    """Shape of a float convolution; raises ``ValueError`` unless the operands fit together."""
+    if len(x_shape) != 4 or len(w_shape) != 4:
+        raise ValueError(f"x must be [N, H, W, C] and w [kh, kw, C, O]; got {x_shape}, {w_shape}.")
+    expected = (*window.size, x_shape[3])
+    if w_shape[:3] != expected:
+        raise ValueError(f"w must have the shape {(*expected, w_shape[3])}; got {w_shape}.")
+    return (x_shape[0], *window.output_size((x_shape[1], x_shape[2])), w_shape[3])

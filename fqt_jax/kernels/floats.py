@@ -5,16 +5,19 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from fqt_jax.kernels.contract import Pair, Window
+from fqt_jax.kernels.contract import Pair, Window, check_floats, convolved_shape
 from fqt_jax.kernels.dispatch import dispatch
 
 
 def float_conv(
     x: jax.Array, w: jax.Array, window: Window, *, implementation: str | None = None
 ) -> jax.Array:
-    """Convolution of ``x[N, H, W, C]`` with ``w[kh, kw, C, O]``, summed in float32 or better."""
-    size = window.output_size((x.shape[1], x.shape[2]))
-    out = jax.ShapeDtypeStruct((x.shape[0], *size, w.shape[3]), accumulate_dtype(x, w))
+    """Convolution of ``x[N, H, W, C]`` with ``w[kh, kw, C, O]``, summed in float32 or better.
+
+    Raises:
+      ValueError: the operands do not fit together.
+    """
+    out = jax.ShapeDtypeStruct(convolved_shape(x.shape, w.shape, window), accumulate_dtype(x, w))
     return dispatch("float_conv", out, x, w, window=window, implementation=implementation)
 
 
@@ -26,8 +29,14 @@ def float_conv_input_grad(
     *,
     implementation: str | None = None,
 ) -> jax.Array:
-    """Transpose of :func:`float_conv` in its first argument: ``[N, H, W, C]``."""
-    out = jax.ShapeDtypeStruct((g.shape[0], *input_size, w.shape[2]), accumulate_dtype(g, w))
+    """Transpose of :func:`float_conv` in its first argument: ``[N, H, W, C]``.
+
+    Raises:
+      ValueError: the operands do not fit together.
+    """
+    shape = (g.shape[0], *input_size, w.shape[2])
+    _check_gradient(g, shape, w.shape, window)
+    out = jax.ShapeDtypeStruct(shape, accumulate_dtype(g, w))
     return dispatch(
         "float_conv_input_grad",
         out,
@@ -42,11 +51,25 @@ def float_conv_input_grad(
 def float_conv_weight_grad(
     x: jax.Array, g: jax.Array, window: Window, *, implementation: str | None = None
 ) -> jax.Array:
-    """Transpose of :func:`float_conv` in its second argument: ``[kh, kw, C, O]``."""
-    out = jax.ShapeDtypeStruct((*window.size, x.shape[3], g.shape[3]), accumulate_dtype(x, g))
+    """Transpose of :func:`float_conv` in its second argument: ``[kh, kw, C, O]``.
+
+    Raises:
+      ValueError: the operands do not fit together.
+    """
+    shape = (*window.size, x.shape[3], g.shape[3])
+    _check_gradient(g, x.shape, shape, window)
+    out = jax.ShapeDtypeStruct(shape, accumulate_dtype(x, g))
     return dispatch(
         "float_conv_weight_grad", out, x, g, window=window, implementation=implementation
     )
+
+
+def _check_gradient(
+    g: jax.Array, x_shape: tuple[int, ...], w_shape: tuple[int, ...], window: Window
+) -> None:
+    expected = convolved_shape(x_shape, w_shape, window)
+    if g.shape != expected:
+        raise ValueError(f"g must have the shape {expected} of the output; got {g.shape}.")
 
 
 def accumulate_dtype(*operands: jax.Array) -> jnp.dtype:
@@ -74,6 +97,12 @@ def adam(
 
     Returns:
       The direction and the new moments, in the memory of ``g``, ``m`` and ``v`` where that can be.
+
+    Raises:
+      ValueError: the operands do not fit together.
     """
+    if not g.shape == m.shape == v.shape:
+        raise ValueError(f"g, m and v must have one shape; got {g.shape}, {m.shape} and {v.shape}.")
+    check_floats((7,), factors=factors)
     like = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (g, m, v))
     return dispatch("adam", like, g, m, v, factors, implementation=implementation)

@@ -16,8 +16,8 @@ from jax import lax
 
 from fqt_jax.binarize import PackedBits
 from fqt_jax.kernels.contract import Pair, Rounding, Window
-from fqt_jax.pruning import Selection
 from fqt_jax.rounding import code_scale, flat_index, round_to_codes
+from fqt_jax.samplers import Selection
 
 
 def per_sample(a: jax.Array) -> jax.Array:

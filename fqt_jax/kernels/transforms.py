@@ -7,7 +7,8 @@ It is a function of each entry ``s`` of the integer sums, linear on either side 
     g = P d + H s + K                                            with d the gradient of t
 
 ``P``, ``H`` and ``K`` are those of the same side; ``H s + K`` is what flows through the statistics
-of a norm. Sources are ``int16``, ``int32`` or ``float32``, ``[N, H, W, C]``.
+of a norm. Sources are ``int16``, ``int32`` or ``float32``, ``[N, H, W, C]``. What does not fit
+together raises ``ValueError``, and a source of another type ``TypeError``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from fqt_jax.binarize import WORD_BITS, PackedBits
+from fqt_jax.kernels.contract import check_floats, check_kept, check_source
 from fqt_jax.kernels.dispatch import dispatch
 
 
@@ -73,6 +75,9 @@ def moments(
         by the number of samples, whatever the weights come to.
       implementation: name of the implementation; ``None`` picks one.
     """
+    check_source(source)
+    check_floats(source.shape[3:], S=thresholds[0], T=thresholds[1])
+    check_floats(source.shape[:1], weights=weights)
     row: Any = jax.ShapeDtypeStruct(source.shape[3:], jnp.float32)
     return dispatch(
         "moments",
@@ -88,6 +93,7 @@ def encode(
     source: jax.Array, line: Line, pool: int, *, implementation: str | None = None
 ) -> tuple[PackedBits, PackedBits, jax.Array]:
     """Signs of ``t``, where ``|t| <= 1``, and for each sample NaN if a float source makes one."""
+    _check_function(source, line, pool)
     n, *shape = pooled_shape(source.shape, pool)
     words = jax.ShapeDtypeStruct((n, -(-math.prod(shape) // WORD_BITS)), jnp.uint32)
     bits = PackedBits(words, tuple(shape))  # type: ignore[arg-type]
@@ -114,7 +120,11 @@ def activate(
       added: ``float32`` of the shape of the result.
       implementation: name of the implementation; ``None`` picks one.
     """
-    out = jax.ShapeDtypeStruct(pooled_shape(source.shape, pool), jnp.float32)
+    _check_function(source, line, pool)
+    shape = pooled_shape(source.shape, pool)
+    check_floats(source.shape[:1], offsets=offsets)
+    check_floats(shape, added=added)
+    out = jax.ShapeDtypeStruct(shape, jnp.float32)
     return dispatch(
         "activate",
         out,
@@ -146,6 +156,7 @@ def gradient_sums(
       samples: their indices, increasing; ``None`` for all.
       implementation: name of the implementation; ``None`` picks one.
     """
+    _check_gradient(source, line, pool, d, samples)
     row = jax.ShapeDtypeStruct(source.shape[3:], jnp.float32)
     q1, p1, q0, p0 = dispatch(
         "gradient_sums",
@@ -177,6 +188,9 @@ def gradient(
     The gradient of a window's maximum goes to the first entry that attains it. The flow into a
     sample is multiplied by its weight, that of :func:`moments`.
     """
+    _check_gradient(source, line, pool, d, samples)
+    check_floats(source.shape[3:], **flow._asdict())
+    check_floats(source.shape[:1], weights=weights)
     n, _, _, c = source.shape
     bounds = jax.ShapeDtypeStruct((n, c), jnp.float32)
     return dispatch(
@@ -197,6 +211,7 @@ def encode_weights(
     w: jax.Array, *, implementation: str | None = None
 ) -> tuple[PackedBits, jax.Array]:
     """Signs of ``float32[..., O]``, and the mean of ``|w|`` in each output channel."""
+    _check_weights(w)
     words = jax.ShapeDtypeStruct((-(-w.size // WORD_BITS),), jnp.uint32)
     signs = PackedBits(words, w.shape)  # type: ignore[arg-type]
     scale = jax.ShapeDtypeStruct((w.shape[-1],), jnp.float32)
@@ -220,6 +235,9 @@ def finish_weight_grad(
       clip: whether the straight-through gradient is cut off; ``False`` leaves out the mask.
       implementation: name of the implementation; ``None`` picks one.
     """
+    _check_weights(w)
+    check_floats(w.shape, dw=dw)
+    check_floats(w.shape[-1:], d_scale=d_scale)
     out = jax.ShapeDtypeStruct(w.shape, jnp.float32)
     return dispatch(
         "finish_weight_grad", out, dw, w, d_scale, clip=clip, implementation=implementation
@@ -229,3 +247,22 @@ def finish_weight_grad(
 def pooled_shape(shape: tuple[int, ...], pool: int) -> tuple[int, ...]:
     """Shape of ``t``."""
     return shape[0], shape[1] // pool, shape[2] // pool, shape[3]
+
+
+def _check_function(source: jax.Array, line: Line, pool: int) -> None:
+    check_source(source, pool)
+    check_floats(source.shape[3:], **line._asdict())
+
+
+def _check_gradient(
+    source: jax.Array, line: Line, pool: int, d: jax.Array, samples: jax.Array | None
+) -> None:
+    _check_function(source, line, pool)
+    kept = check_kept(samples, source.shape[0])
+    check_floats((kept, *pooled_shape(source.shape, pool)[1:]), d=d)
+
+
+def _check_weights(w: jax.Array) -> None:
+    if w.ndim == 0:
+        raise ValueError("weights must have an axis of output channels; got a number.")
+    check_floats(w.shape, w=w)

@@ -11,7 +11,6 @@ from fqt_jax.theory.regret import sgd_regret_bound as sgd_regret_bound
 from fqt_jax.theory.regret import tuned_sgd_regret_bound as tuned_sgd_regret_bound
 from fqt_jax.theory.sampling import group_probabilities as group_probabilities
 from fqt_jax.theory.sampling import sampled_sum_variance as sampled_sum_variance
-from fqt_jax.theory.sampling import systematic_selections as systematic_selections
 from fqt_jax.theory.variance import GradientError as GradientError
 from fqt_jax.theory.variance import agp_bound as agp_bound
 from fqt_jax.theory.variance import gradient_error as gradient_error

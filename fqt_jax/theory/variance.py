@@ -9,16 +9,18 @@ whichever groups it keeps together. For sums over groups see
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from fqt_jax.recipe import GradientQuantizer, Prune
+from fqt_jax.recipe import GradientQuantizer, GroupAxis, Product
 from fqt_jax.rounding import MIN_RANGE
-from fqt_jax.theory.sampling import Float, drawn_weights, group_probabilities
+from fqt_jax.samplers import Sampler
+from fqt_jax.theory.sampling import Float, group_probabilities
 
-Product = Literal["input", "weight"]
+_AXES: dict[GroupAxis, int] = {"samples": 0, "channels": 2}
+"""Of a gradient ``[samples, positions, channels]``."""
 
 
 class GradientError(NamedTuple):
@@ -27,8 +29,9 @@ class GradientError(NamedTuple):
     Attributes:
       rounding: :math:`\sum_i \mathrm{SR}_i / p_i`, from rounding the groups that are kept.
       mask: :math:`\sum_i \frac{1 - p_i}{p_i} \lVert g_i \rVert^2`, from dropping groups at random.
-      bias: :math:`\sum_{i\ \mathrm{dropped}} \lVert g_i \rVert^2` of ``"topk"``, whose choice is
-        not random; zero for the unbiased samplers.
+      bias: zero for the unbiased samplers, which rescale what they keep. For those that do not,
+        :math:`\sum_i (1 - p_i)^2 \lVert g_i \rVert^2`, and :math:`p_i` stands in place of
+        :math:`1 / p_i` above: for ``"topk"`` that is what it drops, and nothing is random.
     """
 
     rounding: float
@@ -83,7 +86,6 @@ def gradient_error(
     quantizer: GradientQuantizer,
     *,
     product: Product = "input",
-    prune: Prune = "channels",
     selections: int = 256,
     seed: int = 0,
 ) -> GradientError:
@@ -96,9 +98,9 @@ def gradient_error(
     over groups of samples (``product="input"``) or of output channels (``product="weight"``).
     With ``prune="shared"`` the weight gradient rounds the kept samples, their weights folded in,
     per channel: its grid depends on which samples were drawn. The mask term stays as above, with
-    the samples' probabilities; the rounding term is the mean of that of each outcome of the draw:
-    of all outcomes for ``"systematic"`` (:func:`systematic_selections`), so that the result is
-    exact, and of ``selections`` outcomes drawn here for ``"bernoulli"`` and ``"uniform"``.
+    the samples' probabilities; the rounding term is the mean of that of each outcome of the draw
+    (:meth:`fqt_jax.samplers.Sampler.outcomes`): of all outcomes for ``"systematic"``, so that the
+    result is exact, and of ``selections`` drawn ones for ``"bernoulli"`` and ``"uniform"``.
 
     The library rounds in a fixed point of 2^-16 steps, which moves a mean by less than that part
     of a step, and no variance by more than it.
@@ -106,9 +108,8 @@ def gradient_error(
     Args:
       g: gradient of the product's output, samples on the first axis and output channels on the
         last.
-      quantizer: bits, keep, sampler, importance, groups.
+      quantizer: bits, keep, sampler, importance, groups, prune.
       product: which of the two products it is quantized for.
-      prune: what the weight gradient keeps, as in :class:`fqt_jax.Recipe`.
       selections: outcomes to average over where there are too many to take all.
       seed: of that average.
 
@@ -131,41 +132,37 @@ def gradient_error(
     g = np.asarray(g, np.float64)
     if g.ndim < 2:
         raise ValueError(f"g must have an axis of samples and one of channels; got {g.shape}.")
-    if product not in ("input", "weight"):
+    if product not in get_args(Product):
         raise ValueError(f"product must be 'input' or 'weight'; got {product!r}.")
     g = g.reshape(g.shape[0], -1, g.shape[-1])
-    by_channel = product == "weight" and quantizer.groups != "sample"
-    if by_channel and prune == "shared":
-        return _shared_error(g, quantizer, selections, seed)
-    axis = 2 if by_channel else 0
+    grouping = quantizer.grouping(product)
+    axis = _AXES[grouping.pruned]
     p = group_probabilities(g, quantizer, axis)
-    groups = None if quantizer.groups == "tensor" else axis
-    rounding = np.moveaxis(rounding_variance(g, quantizer.bits, groups), axis, 0)
-    rounded = rounding.reshape(p.size, -1).sum(axis=1)
     squares = np.sum(np.moveaxis(g, axis, 0).reshape(p.size, -1) ** 2, axis=1)
-    return _by_term(p, squares, float(np.sum(rounded[p > 0] / p[p > 0])))
-
-
-def _by_term(p: Float, squares: Float, rounding: float) -> GradientError:
-    kept = p > 0
-    mask = float(np.sum((1 - p[kept]) / p[kept] * squares[kept]))
-    return GradientError(rounding, mask, float(np.sum(squares[~kept])))
-
-
-def _shared_error(
-    g: Float, quantizer: GradientQuantizer, selections: int, seed: int
-) -> GradientError:
-    p = group_probabilities(g, quantizer, axis=0)
+    mask, bias = _mask_and_bias(p, squares, quantizer.sampler)
+    own_scale = None if grouping.one_scale else _AXES[grouping.scaled]
+    if grouping.scaled == grouping.pruned:
+        entries = np.moveaxis(rounding_variance(g, quantizer.bits, own_scale), axis, 0)
+        rounded = entries.reshape(p.size, -1).sum(axis=1)
+        rounding = float(np.sum(p * quantizer.sampler.weights(p) ** 2 * rounded))
+        return GradientError(rounding, mask, bias)
     rounding = 0.0
+    g = np.moveaxis(g, axis, 0)
     for probability, weights in zip(
-        *drawn_weights(p, quantizer.sampler, selections, seed), strict=True
+        *quantizer.sampler.outcomes(p, draws=selections, seed=seed), strict=True
     ):
         folded = weights[weights > 0, None, None] * g[weights > 0]
         if folded.size:
-            groups = None if quantizer.groups == "tensor" else 2
-            variance = rounding_variance(folded, quantizer.bits, groups)
+            variance = rounding_variance(np.moveaxis(folded, 0, axis), quantizer.bits, own_scale)
             rounding += probability * float(variance.sum())
-    return _by_term(p, np.sum(g**2, axis=(1, 2)), rounding)
+    return GradientError(rounding, mask, bias)
+
+
+def _mask_and_bias(p: Float, squares: Float, sampler: Sampler) -> tuple[float, float]:
+    """The terms of dropping groups, from the probabilities and squared norms of all groups."""
+    of_mean = np.where(p > 0, 1.0, 0.0) if sampler.rescales else p  # E[weight], exactly
+    mask = np.sum((1 - p) * of_mean * sampler.weights(p) * squares)
+    return float(mask), float(np.sum((1 - of_mean) ** 2 * squares))
 
 
 def per_tensor_bound(g: npt.ArrayLike, bits: int) -> float:
@@ -211,7 +208,7 @@ def agp_bound(g: npt.ArrayLike, quantizer: GradientQuantizer) -> float:
     Only the rounding is bounded; the mask term is exact. For the unbiased samplers.
 
     Raises:
-      ValueError: the sampler is ``"topk"``.
+      ValueError: the sampler is biased.
 
     Example:
       >>> import numpy as np
@@ -221,15 +218,17 @@ def agp_bound(g: npt.ArrayLike, quantizer: GradientQuantizer) -> float:
       >>> published_agp_bound(g, bits=4) < exact <= bound
       True
     """
-    if quantizer.sampler == "topk":
-        raise ValueError("the bound is for unbiased samplers; 'topk' is biased.")
+    if not quantizer.sampler.unbiased:
+        raise ValueError(
+            f"the bound is for unbiased samplers; {str(quantizer.sampler)!r} is biased."
+        )
     rows = _rows(g)
     p = group_probabilities(rows, quantizer, axis=0)
-    ranges = np.ptp(rows if quantizer.groups != "tensor" else rows.reshape(1, -1), axis=1)
-    kept = p > 0
-    rounding = np.broadcast_to(ranges**2, p.shape)[kept] / p[kept]
-    mask = _by_term(p, np.sum(rows**2, axis=1), 0.0).mask
-    return float(rows.shape[1] * rounding.sum() / (4 * (2**quantizer.bits - 1) ** 2)) + mask
+    one_scale = quantizer.grouping("input").one_scale
+    ranges = np.ptp(rows.reshape(1, -1) if one_scale else rows, axis=1)
+    rounding = np.sum(np.broadcast_to(ranges**2, p.shape) * quantizer.sampler.weights(p))
+    mask, _ = _mask_and_bias(p, np.sum(rows**2, axis=1), quantizer.sampler)
+    return float(rows.shape[1] * rounding / (4 * (2**quantizer.bits - 1) ** 2)) + mask
 
 
 def _rows(g: npt.ArrayLike) -> Float:

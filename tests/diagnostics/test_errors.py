@@ -13,10 +13,12 @@ from tests import reference
 KEY = jax.random.key(7)
 OTHERS = {
     "shared by norm": Quantization(
-        GradientQuantizer(2, 0.5, importance="norm"), "weight", "shared"
+        GradientQuantizer(2, 0.5, importance="norm", prune="shared"), "weight"
     ),
-    "samples for both": Quantization(GradientQuantizer(4, groups="sample"), "weight", "shared"),
-    "pruned tensor": Quantization(GradientQuantizer(4, groups="tensor"), "weight", "shared"),
+    "samples for both": Quantization(
+        GradientQuantizer(4, groups="sample", prune="shared"), "weight"
+    ),
+    "pruned tensor": Quantization(GradientQuantizer(4, groups="tensor", prune="shared"), "weight"),
 }
 # The rest of what is compared differs from these in one part only.
 EVERY = OTHERS | {
@@ -48,11 +50,11 @@ def test_measured_error_is_the_predicted_one(name):
 @pytest.mark.parametrize("name", ["psq", "agp_bernoulli/channels", "pruned tensor"])
 def test_a_draw_is_what_the_kernels_round(name):
     g, quantization = gradient(), EVERY[name]
-    quantizer, product, prune = quantization
+    quantizer, product = quantization
 
     @jax.jit
     def draw(g):
-        both = roundings(g, quantizer, prune == "shared", seeds_from_key(KEY, 4))
+        both = roundings(g, quantizer, seeds_from_key(KEY, 4))
         return quantized_gradient(g, quantization, KEY), both
 
     got, both = draw(g)
@@ -62,7 +64,7 @@ def test_a_draw_is_what_the_kernels_round(name):
 
 @pytest.mark.parametrize("prune", ["channels", "shared"])
 def test_a_draw_is_what_the_layer_computes_with(prune):
-    recipe = fqt.Recipe(gradient=GradientQuantizer(4), prune=prune, scale="none")
+    recipe = fqt.Recipe(gradient=GradientQuantizer(4, prune=prune), scale="none")
     rng = np.random.default_rng(0)
     x, w, g = (
         jnp.asarray(rng.normal(size=shape) * size, jnp.float32)
@@ -74,7 +76,7 @@ def test_a_draw_is_what_the_layer_computes_with(prune):
         return jax.vjp(lambda w: fqt.dense(x, w, key=KEY, recipe=recipe), w)[1](g)[0]
 
     images = g.reshape(12, 1, 1, 8)
-    drawn = quantized_gradient(images, Quantization(recipe.gradient, "weight", prune), KEY)
+    drawn = quantized_gradient(images, Quantization(recipe.gradient, "weight"), KEY)
     expected = reference.signs(np.asarray(x)).T @ np.asarray(drawn, np.float64).reshape(12, 8)
     np.testing.assert_allclose(weight_gradient(w, g), expected, rtol=1e-4, atol=1e-4)
 

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import fqt_jax as fqt
-from fqt_jax import FQT1, QAT, PackedBits, diagnostics, theory
+from fqt_jax import FQT1, FQT1_PLUS, QAT, PackedBits, diagnostics, theory
 from fqt_jax.models import VGG
 from fqt_jax.training import create_state
 from tests import reference
@@ -59,14 +59,14 @@ def test_the_gradient_of_a_layer_inside_a_model(scale):
 @pytest.mark.parametrize("prune", ["channels", "shared"])
 def test_noise_of_the_weights_gradient(prune):
     """A model of one layer, whose noise the theory gives in full."""
-    recipe = dataclasses.replace(FQT1, prune=prune, scale="none")
+    recipe = fqt.Recipe(gradient=fqt.GradientQuantizer(bits=4, prune=prune), scale="none")
     model = fqt.QuantLinear(6, 3, recipe=recipe, use_bias=False, rngs=nnx.Rngs(0))
     model.kernel[...] = jnp.clip(model.kernel[...], -0.9, 0.9)
     x = normal(1, 16, 6)
     [layer] = diagnostics.layer_gradients(model, x, LABELS, key=KEY, passes=800).values()
     g = np.asarray(layer.g, np.float64).reshape(16, 3)
     signs = reference.signs(np.asarray(x))
-    error = theory.gradient_error(layer.g, recipe.gradient, product="weight", prune=prune)
+    error = theory.gradient_error(layer.g, recipe.gradient, product="weight")
     # Rounding noise is independent from entry to entry, and each meets 6 inputs of size 1.
     rounding = 6 * error.rounding
     if prune == "channels":
@@ -157,7 +157,7 @@ def test_budget_counts_what_is_kept(float_vgg, recipe):
 
 
 def test_budget_of_shared_samples_and_of_float():
-    [layer] = diagnostics.budget(plain(dataclasses.replace(FQT1, prune="shared")), BATCH)[1:2]
+    [layer] = diagnostics.budget(plain(FQT1_PLUS), BATCH)[1:2]
     assert (layer.input_gradient_bits, layer.weight_gradient_bits) == (1, 1)
     found = diagnostics.budget(Plain(nnx.Rngs(0)), BATCH)
     assert found.saved_bytes == found.float_saved_bytes == 4 * 16 * (6 + 12 + 12)

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import cli, runner
+from experiments import cli, process, runner
 from experiments.config import RunConfig
 from experiments.data import load
 from experiments.finetune import FinetuneConfig, main
@@ -54,6 +54,7 @@ def test_a_run_writes_its_folder(capsys):
     main(tiny())
     folder = pathlib.Path("run")
     assert {path.name for path in folder.iterdir()} == {
+        ".lock",
         "checkpoints",
         "config.json",
         "curves.png",
@@ -75,7 +76,7 @@ def test_a_run_writes_its_folder(capsys):
 def test_a_stopped_run_resumes_with_the_numbers_of_an_unbroken_one(monkeypatch, capsys):
     main(tiny(out=pathlib.Path("whole")))
     stop_at = 4
-    train_step = runner.make_train_step
+    train_step = runner.build_train_step
 
     def interrupting(*args, **kwargs):
         step = train_step(*args, **kwargs)
@@ -88,10 +89,10 @@ def test_a_stopped_run_resumes_with_the_numbers_of_an_unbroken_one(monkeypatch, 
 
         return wrapped
 
-    monkeypatch.setattr(runner, "make_train_step", interrupting)
-    with pytest.raises(cli.Interrupted, match=r"stopped after step 4 of \d+ .* --resume run"):
+    monkeypatch.setattr(runner, "build_train_step", interrupting)
+    with pytest.raises(process.Interrupted, match=r"stopped after step 4 of \d+ .* --resume run"):
         main(tiny())
-    monkeypatch.setattr(runner, "make_train_step", train_step)
+    monkeypatch.setattr(runner, "build_train_step", train_step)
     assert read_metadata(latest_checkpoint("run/checkpoints"))["history"] == lines("run")
     main(FinetuneConfig(resume=pathlib.Path("run")))
     assert lines("run") == lines("whole")
@@ -106,17 +107,17 @@ def test_a_stopped_run_resumes_with_the_numbers_of_an_unbroken_one(monkeypatch, 
 
 def test_the_step_compiles_once_over_epochs_and_resume(monkeypatch):
     steps = []
-    original = runner.make_train_step
+    original = runner.build_train_step
 
     def recording(*args, **kwargs):
         steps.append(original(*args, **kwargs))
         return steps[-1]
 
-    monkeypatch.setattr(runner, "make_train_step", recording)
+    monkeypatch.setattr(runner, "build_train_step", recording)
     main(tiny(epochs=2))
     (pathlib.Path("run") / "summary.json").unlink()
     main(FinetuneConfig(resume=pathlib.Path("run")))  # nothing is left to train
-    assert [step._cache_size() for step in steps] == [1, 0]
+    assert [step.jitted._cache_size() for step in steps] == [1, 0]
 
 
 def test_finetuning_pretrains_once_and_keeps_the_result(capsys):
@@ -207,11 +208,15 @@ def test_bad_options_are_refused_on_construction(changes, message):
 
 def test_run_folders_are_never_overwritten_nor_mixed_up():
     pathlib.Path("run").mkdir()
-    with pytest.raises(cli.UserError, match=r"the folder run exists already.*--resume run"):
-        main(tiny())
     with pytest.raises(cli.UserError, match=r"not a run: it has no config\.json"):
         main(FinetuneConfig(resume=pathlib.Path("run")))
+    pathlib.Path("run/theirs").touch()
+    with pytest.raises(cli.UserError, match=r"the folder run exists already: choose another one\."):
+        main(tiny())
+    assert [path.name for path in pathlib.Path("run").iterdir()] == ["theirs"]
     pathlib.Path("run/config.json").write_text("{")
+    with pytest.raises(cli.UserError, match=r"the folder run exists already.*--resume run"):
+        main(tiny())
     with pytest.raises(cli.UserError, match="damaged"):
         main(FinetuneConfig(resume=pathlib.Path("run")))
     pathlib.Path("run/config.json").write_text(json.dumps(tiny(seed=3).to_json()))
@@ -235,7 +240,7 @@ def test_parts_of_a_recipe_can_be_changed():
     recipe = RunConfig(bits=2, prune="shared", importance="norm").build_recipe()
     assert recipe.gradient is not None
     assert (recipe.gradient.bits, recipe.gradient.keep_fraction) == (2, 0.5)
-    assert (recipe.prune, recipe.gradient.importance) == ("shared", "norm")
+    assert (recipe.gradient.prune, recipe.gradient.importance) == ("shared", "norm")
 
 
 def call(*arguments: str, cwd: pathlib.Path) -> subprocess.CompletedProcess[str]:

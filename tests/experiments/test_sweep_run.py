@@ -11,7 +11,7 @@ import threading
 
 import pytest
 
-from experiments import cli, finetune, runner, sweep_run, sweep_worker
+from experiments import finetune, process, runner, sweep_run, sweep_worker
 from experiments.ablate import STUDIES, AblateConfig
 from experiments.ablate import main as ablate
 from experiments.finetune import FinetuneConfig
@@ -103,7 +103,7 @@ def test_an_interrupted_sweep_stops_its_workers_and_goes_on_later(act):
     event = threading.Event()
     thread = threading.Thread(target=interrupt)
     thread.start()
-    with pytest.raises(cli.Interrupted, match="the same command continues the sweep in out"):
+    with pytest.raises(process.Interrupted, match="the same command continues the sweep in out"):
         run_groups([group()], pathlib.Path("out"), 2)
     thread.join()
     result = collect(group(), Store(pathlib.Path("out")))
@@ -155,17 +155,17 @@ def tiny(**changes) -> FinetuneConfig:
 
 def test_a_worker_compiles_once_and_its_runs_are_those_of_their_own(monkeypatch):
     steps = []
-    original = runner.make_train_step
+    original = runner.build_train_step
 
     def recording(*args, **kwargs):
         steps.append(original(*args, **kwargs))
         return steps[-1]
 
-    monkeypatch.setattr(runner, "make_train_step", recording)
+    monkeypatch.setattr(runner, "build_train_step", recording)
     cells = Group({}, tiny(), (0, 1), (1e-3, 1e-2, 1e-1))
     reports = io.StringIO()
     sweep_worker.main({"group": cells.to_json(), "root": "out", "skip": []}, reports)
-    assert [step._cache_size() for step in steps] == [1]
+    assert [step.jitted._cache_size() for step in steps] == [1]
     result = collect(cells, Store(pathlib.Path("out")))
     assert result.failures == {}
     assert len(reports.getvalue().splitlines()) == 2 * (len(result.tried) + 1)

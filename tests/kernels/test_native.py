@@ -146,7 +146,7 @@ def test_jit_and_vmap(rng):
 @pytest.mark.parametrize("prune", ["channels", "shared"])
 @pytest.mark.parametrize("strides", [1, 2])
 def test_gradients_of_conv_equal_those_of_xla(rng, prune, strides):
-    recipe = dataclasses.replace(fqt.FQT1, prune=prune)
+    recipe = fqt.Recipe(gradient=fqt.GradientQuantizer(bits=4, prune=prune))
     x = jnp.asarray(rng.standard_normal((12, 9, 9, 20)).astype(np.float32))
     w = jnp.asarray(rng.standard_normal((3, 3, 20, 24)).astype(np.float32))
     target = jnp.asarray(rng.standard_normal((24,)).astype(np.float32))

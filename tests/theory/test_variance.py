@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 import fqt_jax as fqt
 from fqt_jax import GradientQuantizer, theory
 from fqt_jax.pruning import draw
+from fqt_jax.samplers import SAMPLERS, Systematic, Uniform
 from tests import reference
 
 AGP = GradientQuantizer(bits=4)
-UNBIASED = ("systematic", "bernoulli", "uniform")
+SHARED = dataclasses.replace(AGP, prune="shared")
+UNBIASED = [name for name, sampler in SAMPLERS.items() if sampler.unbiased]
 
 
 def gradient(seed: int, n: int = 8, positions: int = 6, channels: int = 12) -> np.ndarray:
@@ -27,7 +29,7 @@ def gradient(seed: int, n: int = 8, positions: int = 6, channels: int = 12) -> n
 def reference_probabilities(g, axis: int, quantizer: GradientQuantizer) -> np.ndarray:
     rows = np.moveaxis(np.float64(g), axis, 0).reshape(g.shape[axis], -1)
     k = quantizer.kept(len(rows))
-    if quantizer.sampler == "uniform":
+    if quantizer.sampler == Uniform():
         return np.full(len(rows), k / len(rows))
     if quantizer.importance == "norm":
         return reference.keep_probabilities(np.linalg.norm(rows, axis=1), k)
@@ -61,9 +63,9 @@ def test_one_scale_for_the_tensor():
 
 def test_sample_groups_serve_both_products():
     g = gradient(2)
-    quantizer = GradientQuantizer(bits=2, groups="sample")
+    quantizer = GradientQuantizer(bits=2, groups="sample", prune="shared")
     of_input = theory.gradient_error(g, quantizer, product="input")
-    assert theory.gradient_error(g, quantizer, product="weight", prune="shared") == of_input
+    assert theory.gradient_error(g, quantizer, product="weight") == of_input
 
 
 def test_topk_has_a_bias_and_no_mask():
@@ -108,11 +110,11 @@ def outcomes_of(p: np.ndarray, sampler: str):
 @pytest.mark.parametrize("sampler", UNBIASED)
 def test_shared_samples_average_over_the_outcomes(sampler):
     g = gradient(4, n=6, positions=2, channels=3)
-    quantizer = GradientQuantizer(bits=2, keep=0.5, sampler=sampler, importance="norm")
+    quantizer = GradientQuantizer(2, 0.5, sampler, importance="norm", prune="shared")
     p = reference_probabilities(g, 0, quantizer)
     assert 0 < np.sum(p < 1) < 6 or sampler == "uniform"
     # Many outcomes drawn where theory draws them; all of them where it is exact.
-    error = theory.gradient_error(g, quantizer, product="weight", prune="shared", selections=20_000)
+    error = theory.gradient_error(g, quantizer, product="weight", selections=20_000)
     expected = shared_by_enumeration(g, p, 2, outcomes_of(p, sampler))
     rtol = 1e-3 if sampler == "systematic" else 0.03
     np.testing.assert_allclose(error.rounding, expected, rtol=rtol)
@@ -124,7 +126,7 @@ def test_systematic_outcomes_have_the_marginals_and_the_number():
     rng = np.random.default_rng(0)
     for n, k in ((7, 3), (40, 10), (5, 5), (1, 1)):
         p = reference.keep_probabilities(rng.lognormal(sigma=1.5, size=n), k)
-        probability, weights = theory.systematic_selections(p)
+        probability, weights = Systematic().outcomes(p)
         kept = weights > 0
         assert len(probability) <= n + 1
         np.testing.assert_allclose(probability @ kept, p, atol=1e-9)
@@ -135,7 +137,7 @@ def test_systematic_outcomes_have_the_marginals_and_the_number():
 def test_systematic_outcomes_are_those_of_the_library():
     r = np.float32([4, 1, 1, 2, 3, 1, 2, 2])
     p = np.asarray(fqt.keep_probabilities(r, 3), np.float64)
-    probability, weights = theory.systematic_selections(p)
+    probability, weights = Systematic().outcomes(p)
     seeds = jax.random.bits(jax.random.key(0), (4000, 2))
     drawn = jax.jit(jax.vmap(lambda seed: draw(r, 3, "systematic", seed).expand()))(seeds)
     known = {tuple(w > 0): q for q, w in zip(probability, weights, strict=True) if q > 1e-6}
@@ -149,7 +151,7 @@ def test_systematic_outcomes_are_those_of_the_library():
 
 def test_systematic_needs_a_whole_number():
     with pytest.raises(ValueError, match=r"whole number; got 0\.7"):
-        theory.systematic_selections([0.5, 0.2])
+        Systematic().outcomes(np.array([0.5, 0.2]))
 
 
 @pytest.mark.parametrize("sampler", UNBIASED)
@@ -210,8 +212,8 @@ def test_the_published_expression_for_agp_is_no_bound():
 def test_degenerate_gradients():
     for g in (np.zeros((4, 3, 3, 8)), np.full((4, 3, 3, 8), 2.0)):
         for product in ("input", "weight"):
-            for prune in ("channels", "shared"):
-                error = theory.gradient_error(g, AGP, product=product, prune=prune)
+            for quantizer in (AGP, SHARED):
+                error = theory.gradient_error(g, quantizer, product=product)
                 assert np.isfinite(error).all()
                 assert error.rounding == pytest.approx(0, abs=1e-12)
                 assert (error.mask > 0) == bool(g.any())

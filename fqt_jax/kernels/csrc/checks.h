@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <initializer_list>
 #include <string>
 
@@ -45,6 +46,11 @@ inline bool has_shape(Dimensions dimensions, Dimensions shape) {
   return std::equal(dimensions.begin(), dimensions.end(), shape.begin(), shape.end());
 }
 
+// Asks for no product of the sizes: that of the others may overflow where one is zero.
+inline bool is_empty(Dimensions dimensions) {
+  return std::find(dimensions.begin(), dimensions.end(), 0) != dimensions.end();
+}
+
 inline Axis make_axis(int64_t in, int64_t window, int64_t stride, int64_t before, int64_t after) {
   constexpr int64_t kLimit = int64_t{1} << 31;
   require(in >= 0 && in < kLimit, "the image's size is out of range");
@@ -57,23 +63,31 @@ inline Axis make_axis(int64_t in, int64_t window, int64_t stride, int64_t before
   return {in, (padded - window) / stride + 1, window, stride, before};
 }
 
+// Every offset in bytes that follows fits with room to spare. An axis of length zero counts as one,
+// so that the product of any of the factors is bounded as well.
+inline void require_small(std::initializer_list<int64_t> shape, const char* message) {
+  int64_t total = 1;
+  for (int64_t size : shape) {
+    require(!__builtin_mul_overflow(total, std::max<int64_t>(1, size), &total) &&
+                total < (int64_t{1} << 48),
+            message);
+  }
+}
+
 // `sizes`: h, w, c, o, window (2), strides (2), padding (top, bottom, left, right).
 inline Geometry make_geometry(int64_t n, ffi::Span<const int64_t> sizes) {
   require(sizes.size() == 12, "sizes must be 12 numbers");
   const int64_t* s = sizes.begin();
-  const Geometry geometry{n, s[2], s[3], make_axis(s[0], s[4], s[6], s[8], s[9]),
-                          make_axis(s[1], s[5], s[7], s[10], s[11])};
+  const Geometry g{n, s[2], s[3], make_axis(s[0], s[4], s[6], s[8], s[9]),
+                   make_axis(s[1], s[5], s[7], s[10], s[11])};
   const int64_t limit = int64_t{1} << 31;
-  require(n >= 0 && geometry.c >= 0 && geometry.c < limit && geometry.o >= 0 && geometry.o < limit,
+  require(g.c >= 0 && g.c < limit && g.o >= 0 && g.o < limit,
           "the number of channels is out of range");
-  require(product({geometry.y.window, geometry.x.window, geometry.c}) < (1 << 24),
-          "a sum has too many products");
-  // Every offset in bytes that follows fits with room to spare.
-  require(product({n, geometry.y.in, geometry.x.in, geometry.c}) < (int64_t{1} << 48) &&
-              product({n, geometry.y.out, geometry.x.out, geometry.o}) < (int64_t{1} << 48) &&
-              product({geometry.taps(), geometry.c, geometry.o}) < (int64_t{1} << 48),
-          "an operand is too large");
-  return geometry;
+  require_small({n, g.y.in, g.x.in, g.c}, "the input is too large");
+  require_small({n, g.y.out, g.x.out, g.o}, "the output is too large");
+  require_small({g.y.window, g.x.window, g.c, g.o}, "the weights are too large");
+  require(g.taps() * std::max<int64_t>(1, g.c) < (1 << 24), "a sum has too many products");
+  return g;
 }
 
 inline int64_t words_for(int64_t bits) { return (bits + 31) / 32; }
@@ -90,10 +104,11 @@ inline Bits weight_bits(const Words& words, const Geometry& g) {
   return {words.typed_data(), row};
 }
 
+
 // No selection keeps everything; `indices` are then empty.
 inline Kept make_indices(bool is_selected, const Ints& indices, int64_t size) {
   require(indices.dimensions().size() == 1, "indices must be a vector");
-  const auto count = static_cast<int64_t>(indices.element_count());
+  const int64_t count = indices.dimensions()[0];
   if (!is_selected) {
     require(count == 0, "indices without a selection");
     return {size, nullptr, nullptr};
@@ -107,7 +122,7 @@ inline Kept make_indices(bool is_selected, const Ints& indices, int64_t size) {
 }
 
 inline Kept make_kept(bool is_selected, const Ints& indices, const Floats& weights, int64_t size) {
-  require(weights.dimensions().size() == 1 && indices.element_count() == weights.element_count(),
+  require(has_shape(weights.dimensions(), indices.dimensions()),
           "indices and weights must be vectors of one length");
   Kept kept = make_indices(is_selected, indices, size);
   if (is_selected) kept.weights = weights.typed_data();
@@ -140,21 +155,36 @@ inline float* in_place(const Floats& operand, ffi::Result<Floats>& result) {
   return result->typed_data();
 }
 
+inline ffi::Future done(const ffi::Error& error = ffi::Error::Success()) {
+  ffi::Promise promise;
+  ffi::Future future(promise);
+  if (error.success()) {
+    promise.SetAvailable();
+  } else {
+    promise.SetError(error);
+  }
+  return future;
+}
+
+// The results where there is nothing to compute from: what is empty stays so, sums are zero. Kernels
+// are not made for it: sizes of what is empty have no bound.
+template <typename... Results>
+ffi::Future zeros(Results&... results) {
+  (std::memset(results->untyped_data(), 0, results->size_bytes()), ...);
+  return done();
+}
+
 // Runs what a check or an allocation may leave by an exception; XLA must see an error instead.
 template <typename F>
 ffi::Future guarded(F run) {
-  ffi::Error error;
   try {
     return run();
   } catch (const Invalid& invalid) {
-    error = ffi::Error::InvalidArgument("fqt_jax native kernel: " + invalid.message);
+    return done(ffi::Error::InvalidArgument("fqt_jax native kernel: " + invalid.message));
   } catch (const std::exception& e) {
-    error = ffi::Error(ffi::ErrorCode::kResourceExhausted, e.what());
+    return done(ffi::Error(ffi::ErrorCode::kResourceExhausted,
+                           std::string("fqt_jax native kernel: ") + e.what()));
   }
-  ffi::Promise promise;
-  ffi::Future future(promise);
-  promise.SetError(error);
-  return future;
 }
 
 }  // namespace fqt

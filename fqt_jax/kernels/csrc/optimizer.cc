@@ -10,12 +10,13 @@ ffi::Future adam(ffi::ThreadPool pool, Floats g, Floats m, Floats v, Floats fact
                  ffi::Result<Floats> direction, ffi::Result<Floats> new_m,
                  ffi::Result<Floats> new_v) {
   return guarded([&] {
-    const auto size = static_cast<int64_t>(g.element_count());
     for (const Floats& other : {m, v, *direction, *new_m, *new_v}) {
-      require(static_cast<int64_t>(other.element_count()) == size,
-              "gradient, moments and results must have the same size");
+      require(has_shape(other.dimensions(), g.dimensions()),
+              "gradient, moments and results must have the same shape");
     }
     require(has_shape(factors.dimensions(), {7}), "factors must be 7 numbers");
+    if (is_empty(g.dimensions())) return done();
+    const auto size = static_cast<int64_t>(g.element_count());
     const float* f = factors.typed_data();
     return run_tasks(current_kernels().adam({size, in_place(g, direction), in_place(m, new_m),
                                              in_place(v, new_v),

@@ -14,12 +14,13 @@ ffi::Future forward(ffi::ThreadPool pool, Words x, Words w, ffi::Result<ffi::Any
     const bool is_wide = g.taps() * g.c > 32767;
     require(z->element_type() == (is_wide ? ffi::S32 : ffi::S16), "z has the wrong type");
     require(has_shape(z->dimensions(), {g.n, g.y.out, g.x.out, g.o}), "z has the wrong shape");
+    const Bits x_bits = sample_bits(x, g), w_bits = weight_bits(w, g);
+    if (is_empty(z->dimensions()) || g.c == 0) return zeros(z);
     ask_for_huge_pages(z->untyped_data(), z->size_bytes());
     const int64_t threads = useful_threads(pool, work(g));
-    return run_tasks(
-        current_kernels().forward({g, sample_bits(x, g), weight_bits(w, g), z->untyped_data(),
-                                   is_wide, threads}),
-        pool, threads);
+    return run_tasks(current_kernels().forward({g, x_bits, w_bits, z->untyped_data(), is_wide,
+                                                threads}),
+                     pool, threads);
   });
 }
 
@@ -42,13 +43,15 @@ ffi::Future input_grad(ffi::ThreadPool pool, Floats g, Words w, Floats lo, Float
     require(has_shape(dx->dimensions(), {scatters ? geometry.n : samples.count, geometry.y.in,
                                          geometry.x.in, geometry.c}),
             "dx has the wrong shape");
+    const Bits w_bits = weight_bits(w, geometry);
+    require(has_mask || has_shape(mask.dimensions(), {0, 0}), "a mask without has_mask");
     const Bits mask_bits = has_mask ? sample_bits(mask, geometry) : Bits{nullptr, 0};
     const Rounding rounding = make_rounding(bits, seed, lo, range, samples.count);
     require_int32_sums(product({geometry.taps(), geometry.o}), rounding.bits);
+    if (is_empty(dx->dimensions()) || geometry.o == 0) return zeros(dx);
     const int64_t threads = useful_threads(pool, work(geometry));
-    return run_tasks(current_kernels().input_grad({geometry, g.typed_data(),
-                                                   weight_bits(w, geometry), samples, rounding,
-                                                   mask_bits, scatters, to_write(dx),
+    return run_tasks(current_kernels().input_grad({geometry, g.typed_data(), w_bits, samples,
+                                                   rounding, mask_bits, scatters, to_write(dx),
                                                    threads}),
                      pool, threads);
   });
@@ -70,10 +73,11 @@ ffi::Future weight_grad(ffi::ThreadPool pool, Floats g, Words x, Floats lo, Floa
         make_kept(selects_channels, channel_indices, channel_weights, geometry.o);
     const Rounding rounding = make_rounding(bits, seed, lo, range, channels.count);
     require_int32_sums(product({samples.count, geometry.y.out, geometry.x.out}), rounding.bits);
+    const Bits x_bits = sample_bits(x, geometry);
+    if (is_empty(dw->dimensions())) return zeros(dw);
     const int64_t threads = useful_threads(pool, work(geometry));
-    return run_tasks(current_kernels().weight_grad({geometry, g.typed_data(),
-                                                    sample_bits(x, geometry), samples, channels,
-                                                    rounding, to_write(dw), threads}),
+    return run_tasks(current_kernels().weight_grad({geometry, g.typed_data(), x_bits, samples,
+                                                    channels, rounding, to_write(dw), threads}),
                      pool, threads);
   });
 }

@@ -13,8 +13,7 @@ int64_t entries(const Shape& s) { return s.n * s.h * s.w * s.c; }
 Shape source_shape(const ffi::AnyBuffer& s) {
   const Dimensions d = s.dimensions();
   require(d.size() == 4, "the source must have four axes");
-  require(product({d[0], d[1], d[2], d[3]}) < (int64_t{1} << 40), "the source is too large");
-  require(d[0] > 0 && d[1] > 0 && d[2] > 0 && d[3] > 0, "the source must not be empty");
+  require_small({d[0], d[1], d[2], d[3]}, "the source is too large");
   return {d[0], d[1], d[2], d[3]};
 }
 
@@ -44,7 +43,7 @@ void require_pooled(Dimensions dimensions, const TransformArgs& t, int64_t sampl
 
 // A number for each sample, or null for none.
 const float* of_samples(const Floats& values, const Shape& shape, const char* message) {
-  if (values.element_count() == 0) return nullptr;
+  if (has_shape(values.dimensions(), {0})) return nullptr;
   require(has_shape(values.dimensions(), {shape.n}), message);
   return values.typed_data();
 }
@@ -57,9 +56,11 @@ ffi::Future moments(ffi::ThreadPool pool, ffi::AnyBuffer s, Floats weights,
                     ffi::Result<Floats> out) {
   return guarded([&] {
     const Shape shape = source_shape(s);
+    const SourceType type = source_type(s);
+    const float* of_sample = sample_weights(weights, shape);
     require(has_shape(out->dimensions(), {4, shape.c}), "moments have the wrong shape");
-    return run_tasks(current_kernels().moments({shape, s.untyped_data(), source_type(s),
-                                                sample_weights(weights, shape),
+    if (is_empty(s.dimensions())) return zeros(out);
+    return run_tasks(current_kernels().moments({shape, s.untyped_data(), type, of_sample,
                                                 out->typed_data()}),
                      pool, pass_threads(pool, entries(shape)));
   });
@@ -76,6 +77,7 @@ ffi::Future encode(ffi::ThreadPool pool, ffi::AnyBuffer s, Floats coefficients,
                 has_shape(clip->dimensions(), {shape.n, words}),
             "the words have the wrong shape");
     require(has_shape(nan->dimensions(), {shape.n}), "nan has the wrong shape");
+    if (is_empty(s.dimensions())) return zeros(nan);
     return run_tasks(current_kernels().encode({t, to_write(signs), to_write(clip), words,
                                                nan->typed_data()}),
                      pool, pass_threads(pool, entries(shape)));
@@ -89,10 +91,11 @@ ffi::Future activate(ffi::ThreadPool pool, ffi::AnyBuffer s, Floats coefficients
   return guarded([&] {
     const TransformArgs t = make_transform(s, coefficients, kForwardRows, window);
     require_pooled(out->dimensions(), t, t.shape.n, "the output has the wrong shape");
-    const bool adds = added.element_count() > 0;
+    const float* of_sample = of_samples(offsets, t.shape, kOffsets);
+    const bool adds = !has_shape(added.dimensions(), {0});
     if (adds) require_pooled(added.dimensions(), t, t.shape.n, "what is added has the wrong shape");
-    return run_tasks(current_kernels().activate({t, of_samples(offsets, t.shape, kOffsets),
-                                                 adds ? added.typed_data() : nullptr,
+    if (is_empty(s.dimensions())) return done();
+    return run_tasks(current_kernels().activate({t, of_sample, adds ? added.typed_data() : nullptr,
                                                  to_write(out)}),
                      pool, pass_threads(pool, entries(t.shape)));
   });
@@ -104,9 +107,9 @@ ffi::Future gradient_sums(ffi::ThreadPool pool, ffi::AnyBuffer s, Floats coeffic
   return guarded([&] {
     const TransformArgs t = make_transform(s, coefficients, kForwardRows, window);
     const Kept samples = make_indices(selects_samples, indices, t.shape.n);
-    require(samples.count > 0, "no sample is kept");
     require_pooled(d.dimensions(), t, samples.count, "the gradient has the wrong shape");
     require(has_shape(sums->dimensions(), {4, t.shape.c}), "the sums have the wrong shape");
+    if (is_empty(d.dimensions())) return zeros(sums);
     return run_tasks(current_kernels().gradient_sums({t, d.typed_data(), samples,
                                                       sums->typed_data()}),
                      pool, pass_threads(pool, entries(t.shape)));
@@ -126,9 +129,11 @@ ffi::Future gradient(ffi::ThreadPool pool, ffi::AnyBuffer s, Floats coefficients
     require(has_shape(lo->dimensions(), {shape.n, shape.c}) &&
                 has_shape(hi->dimensions(), {shape.n, shape.c}),
             "the bounds have the wrong shape");
-    return run_tasks(current_kernels().gradient({t, d.typed_data(), samples,
-                                                 sample_weights(weights, shape), to_write(g),
-                                                 lo->typed_data(), hi->typed_data()}),
+    const float* of_sample = sample_weights(weights, shape);
+    if (is_empty(s.dimensions())) return done();
+    return run_tasks(current_kernels().gradient({t, d.typed_data(), samples, of_sample,
+                                                 to_write(g), lo->typed_data(),
+                                                 hi->typed_data()}),
                      pool, pass_threads(pool, entries(shape)));
   });
 }
@@ -137,10 +142,11 @@ ffi::Future encode_weights(ffi::ThreadPool pool, Floats w, ffi::Result<Words> si
                            ffi::Result<Floats> scale) {
   return guarded([&] {
     const Dimensions d = w.dimensions();
-    require(d.size() == 2 && d[0] > 0 && d[1] > 0, "w must be a matrix that is not empty");
+    require(d.size() == 2, "w must be a matrix");
     require(has_shape(signs->dimensions(), {words_for(product({d[0], d[1]}))}),
             "the words have the wrong shape");
     require(has_shape(scale->dimensions(), {d[1]}), "the scale has the wrong shape");
+    if (is_empty(d)) return zeros(scale);
     return run_tasks(current_kernels().encode_weights({w.typed_data(), d[0], d[1],
                                                        signs->typed_data(), scale->typed_data()}),
                      pool, pass_threads(pool, d[0] * d[1]));
@@ -150,13 +156,14 @@ ffi::Future encode_weights(ffi::ThreadPool pool, Floats w, ffi::Result<Words> si
 ffi::Future finish_weight_grad(ffi::ThreadPool pool, Floats dw, Floats w, Floats d_scale,
                                ffi::Result<Floats> out, bool clips) {
   return guarded([&] {
-    const auto size = static_cast<int64_t>(w.element_count());
-    require(size > 0, "w must not be empty");
+    require(w.dimensions().size() > 0, "w must have an axis of output channels");
     require(has_shape(dw.dimensions(), w.dimensions()) &&
                 has_shape(out->dimensions(), w.dimensions()),
             "the gradient has not the shape of w");
     const int64_t o = w.dimensions().back();
     require(has_shape(d_scale.dimensions(), {o}), "the scale's gradient has the wrong shape");
+    if (is_empty(w.dimensions())) return done();
+    const auto size = static_cast<int64_t>(w.element_count());
     return run_tasks(current_kernels().finish_weight_grad({w.typed_data(), d_scale.typed_data(),
                                                            size / o, o, clips, in_place(dw, out)}),
                      pool, pass_threads(pool, size));

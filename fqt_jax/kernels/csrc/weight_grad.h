@@ -342,7 +342,8 @@ class WeightGrad final : public Product {
         const int32_t* ones = row + size * panel.width;
         const int32_t terms = tap_terms(tap);
         for (int64_t l = 0; l < count; ++l) {
-          sign_sums[l] = static_cast<float>(2 * ones[l] - terms);
+          sign_sums[l] = static_cast<float>(static_cast<int32_t>(2u * static_cast<uint32_t>(ones[l]) -
+                                                                 static_cast<uint32_t>(terms)));
         }
         for (int64_t k = 0; k < size; ++k, row += panel.width) {
           const int64_t slot = channels_[static_cast<size_t>(chunk * chunk_channels_ + k)];
@@ -374,6 +375,7 @@ class WeightGrad final : public Product {
 
   // How many signs meet a tap, over all positions and samples.
   int32_t tap_terms(int64_t tap) const {
+    if (n_samples() == 0) return 0;  // and then the positions have no bound
     const Range ys = tap_outputs(geometry_.y, tap / geometry_.x.window);
     const Range xs = tap_outputs(geometry_.x, tap % geometry_.x.window);
     return static_cast<int32_t>((ys.last - ys.first) * (xs.last - xs.first) * n_samples());

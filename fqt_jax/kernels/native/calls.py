@@ -16,7 +16,7 @@ from fqt_jax.kernels.native.library import call
 from fqt_jax.kernels.scaling import kept_positions
 from fqt_jax.kernels.transforms import Flow, Line, pooled_shape
 from fqt_jax.kernels.xla import IMPLEMENTATION as XLA
-from fqt_jax.pruning import Selection
+from fqt_jax.samplers import Selection
 
 
 def _forward(x: PackedBits, w: PackedBits, *, window: Window, platform: str) -> jax.Array:

@@ -1,0 +1,76 @@
+"""The checkpoints of a run: the last two that are whole."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import re
+import shutil
+from typing import Any
+
+from fqt_jax.checkpoints import (
+    CheckpointError,
+    list_checkpoints,
+    save_checkpoint,
+    verify_checkpoint,
+)
+from fqt_jax.training import TrainState
+
+_REMOVED = ".removed"
+
+
+class RunCheckpoints:
+    """The checkpoints of a run, in a folder that no other process writes to.
+
+    A new one is whole on the disk before an older one goes, and two are kept: where the newest is
+    damaged later, the run goes on from the one before.
+
+    Args:
+      folder: the folder; it need not exist.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder = folder
+        self._whole: list[pathlib.Path] = []
+
+    def newest(self) -> tuple[pathlib.Path | None, list[str]]:
+        """The newest checkpoint that is whole, and what is wrong with each that is newer."""
+        wrong = []
+        for path in list_checkpoints(self.folder):
+            try:
+                verify_checkpoint(path)
+            except CheckpointError as error:
+                wrong.append(str(error))
+            else:
+                self._whole = [path]
+                return path, wrong
+        return None, wrong
+
+    def save(self, state: TrainState, metadata: dict[str, Any]) -> None:
+        """Saves a state, unless it is saved already; then removes all but the last two.
+
+        Raises:
+          CheckpointError: it cannot be saved; the checkpoints before it are still there.
+          OSError: a damaged one of that step cannot be removed.
+        """
+        path = self.folder / f"step_{int(state.step):08d}"
+        if path not in self._whole:
+            if path.exists():  # a damaged one, newer than that which the run was resumed from
+                _remove(path)
+            save_checkpoint(path, state, metadata)
+            self._whole = [*self._whole[-1:], path]
+        # Others: older and damaged ones, and what is left of saves that were killed.
+        for other in self.folder.iterdir():
+            if re.fullmatch(r"step_\d+(\.\w+)*", other.name) and other not in self._whole:
+                with contextlib.suppress(OSError):  # it does no harm, and the next save tries again
+                    _remove(other)
+
+
+def _remove(path: pathlib.Path) -> None:
+    """Removes a checkpoint; it loses its name first, so that no part of it looks like one."""
+    doomed = path
+    if path.suffix != _REMOVED:
+        doomed = path.with_name(path.name + _REMOVED)
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+    shutil.rmtree(doomed)

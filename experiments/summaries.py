@@ -1,0 +1,120 @@
+"""What a run came to, in its ``summary.json``."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import statistics
+from typing import Any
+
+import jax
+
+from experiments.cli import UserError
+from experiments.config import RunConfig
+from experiments.tasks import Task
+
+
+def summarize(
+    config: RunConfig,
+    task: Task,
+    params: Any,
+    *,
+    experiment: str,
+    start: str,
+    steps: int,
+    last: dict[str, Any],
+    test: dict[str, float],
+    step_seconds: list[float],
+    seconds: float,
+) -> dict[str, Any]:
+    """The summary of a run that is complete.
+
+    Args:
+      config: its options.
+      task: its data and model.
+      params: its trained parameters.
+      experiment: name of the experiment.
+      start: what it started from.
+      steps: how many steps it took.
+      last: the last epoch's line of ``metrics.jsonl``.
+      test: loss and accuracy on the test split.
+      step_seconds: how long its steps took each.
+      seconds: how long all of it took.
+    """
+    gradient = config.build_recipe().gradient
+    return {
+        "experiment": experiment,
+        "dataset": config.dataset,
+        "model": config.model,
+        "width": config.width,
+        "recipe": config.recipe,
+        "variant": config.variant,
+        "gradient_bits": 32 if gradient is None else gradient.bits_per_entry,
+        "optimizer": config.optimizer,
+        "learning_rate": config.build_optimizer().rates()[0],
+        "seed": config.seed,
+        "start": start,
+        "epochs": config.epochs,
+        "steps": steps,
+        "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        "train_loss": last["train_loss"],
+        "validation_loss": last["validation_loss"],
+        "validation_accuracy": last["validation_accuracy"],
+        "test_loss": test["loss"],
+        "test_accuracy": test["accuracy"],
+        "test_images": len(task.dataset.test),
+        "step_ms": _median_ms(step_seconds),
+        "seconds": round(seconds, 1),
+    }
+
+
+def read_summary(path: pathlib.Path) -> dict[str, Any]:
+    """Reads a summary that :func:`summarize` made.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    try:
+        summary = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        what = str(error)
+    else:
+        absent = sorted(_NAMES - summary.keys())
+        if not absent:
+            return summary
+        what = f"it has no {absent[0]}"
+    raise UserError(
+        f"{path} is damaged: {what}. Remove it and resume: then the run's last checkpoint is "
+        "evaluated again."
+    )
+
+
+_NAMES = {
+    "experiment",
+    "dataset",
+    "model",
+    "width",
+    "recipe",
+    "variant",
+    "gradient_bits",
+    "optimizer",
+    "learning_rate",
+    "seed",
+    "start",
+    "epochs",
+    "steps",
+    "parameters",
+    "train_loss",
+    "validation_loss",
+    "validation_accuracy",
+    "test_loss",
+    "test_accuracy",
+    "test_images",
+    "step_ms",
+    "seconds",
+}
+
+
+def _median_ms(seconds: list[float]) -> float | None:
+    """Median in milliseconds; None of nothing, in runs of one step an epoch."""
+    return round(1000 * statistics.median(seconds), 3) if seconds else None
