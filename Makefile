@@ -1,6 +1,7 @@
 # make finetune   sets up everything and fine-tunes a 1-bit ResNet-18 on embedded images
 # make test       sets up everything and runs the tests
 # make lint       formatting, lint and types
+# make docs       the documentation, in build/docs; a warning is an error
 # make sanitize   the native kernels under the address and undefined-behaviour sanitizers, spoilt calls too
 # make test-neon  the NEON kernels under an emulator (Debian: g++-aarch64-linux-gnu, qemu-user)
 # make test-avx512  the AVX-512 kernels, emulated (Debian: libsimde-dev)
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 NATIVE := $(wildcard $(addprefix fqt_jax/kernels/csrc/, *.cc *.h *.inc CMakeLists.txt))
 
-.PHONY: finetune test lint format sanitize test-neon test-avx512 clean
+.PHONY: finetune test lint format docs sanitize test-neon test-avx512 clean
 
 finetune: $(VENV)/.experiments
 	$(BIN)/python -m experiments.finetune --learning-rate 1e-3 --epochs 10 --batch-size 64 $(ARGS)
@@ -26,6 +27,10 @@ lint: $(VENV)/.test
 format: $(VENV)/.test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet docs build/docs
+	@echo "the documentation is in build/docs/index.html"
 
 CSRC := fqt_jax/kernels/csrc
 CHECK := -std=c++17 -O1 -ffp-contract=off -fno-trapping-math -fno-math-errno -w -I$(CSRC) tests/kernels/native/check.cc
@@ -74,6 +79,6 @@ $(VENV)/bin/python:
 
 # One stamp for each set of packages, newer than pyproject.toml and the C++ sources once they are
 # installed and built.
-$(VENV)/.experiments $(VENV)/.test $(VENV)/.sanitize: $(VENV)/.%: pyproject.toml $(NATIVE) | $(VENV)/bin/python
+$(VENV)/.experiments $(VENV)/.test $(VENV)/.docs $(VENV)/.sanitize: $(VENV)/.%: pyproject.toml $(NATIVE) | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$*]'
 	touch $@

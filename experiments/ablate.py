@@ -14,10 +14,10 @@ import pathlib
 
 from experiments import cli
 from experiments.cli import UserError
-from experiments.formats import Table, count
+from experiments.formats import Estimate, Table, count
 from experiments.specs import Spec, parse
 from experiments.sweep import Result, SweepConfig, parse_all
-from experiments.sweep_plots import plot_pareto
+from experiments.sweep_plots import Row, plot_intervals
 from experiments.sweep_run import run_groups
 from experiments.sweep_tables import accuracy, cost, publish
 
@@ -50,6 +50,9 @@ STUDIES: dict[str, tuple[str, ...]] = {
 and channels) against per-sample and per-tensor quantization of the same samples; the scale of the
 weights and the clip of the straight-through gradient, pretraining included; random pruning and
 unpruned PSQ of 4 and 8 bits; and where the weight gradient spends its budget."""
+
+COSTS = {"bits an entry": "gradient_bits", "ms a step": "step_ms"}
+"""What a recipe costs: titles, and the names in a run's summary."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +104,31 @@ def main(config: AblateConfig) -> None:
     for i, model in enumerate(models):
         title = f"{task.label}, {model.label}, {optimizer.label}"
         tables.append(_table(config, title, studies, model, results))
-        of_model = [(name, results[model.label, name]) for name in variants]
-        plot_pareto(of_model, title, config.out / f"pareto-{i + 1}-{model.options['model']}.png")
+        plot_intervals(
+            _rows(studies, model, results),
+            f"{title}: mean ± deviation over {count(len(config.seeds), 'seed')}",
+            config.out / f"errors-{i + 1}-{model.options['model']}.png",
+            reference="fqt1",
+        )
     publish(config.out, dataclasses.asdict(config), found, tables)
+
+
+def _rows(
+    studies: dict[str, list[Spec]], model: Spec, results: dict[tuple[str, str], Result]
+) -> list[Row]:
+    rows = []
+    for study, specs in studies.items():
+        for spec in specs:
+            result = results[model.label, spec.label]
+            own = accuracy(result)
+            error = Estimate(100 - own.mean, own.deviation, own.n)
+            rows.append(Row(study, spec.label, error, _costs(result)))
+    return rows
+
+
+def _costs(result: Result) -> dict[str, str]:
+    costs = {title: cost(result, name) for title, name in COSTS.items()}
+    return {title: "-" if value is None else f"{value:.3g}" for title, value in costs.items()}
 
 
 def _table(
@@ -119,11 +144,10 @@ def _table(
         for i, spec in enumerate(specs):
             result = results[model.label, spec.label]
             row = [study if i == 0 else "", spec.label, accuracy(result).text(n)]
-            costs = cost(result, "gradient_bits"), cost(result, "step_ms")
-            rows.append(row + ["-" if value is None else f"{value:.3g}" for value in costs])
+            rows.append([*row, *_costs(result).values()])
     return Table(
         f"{title}: test accuracy, mean ± deviation over {count(n, 'seed')}, and cost",
-        ["study", "recipe", "accuracy, %", "bits an entry", "ms a step"],
+        ["study", "recipe", "accuracy, %", *COSTS],
         rows,
         ["Times were taken beside other processes."] if config.jobs > 1 else [],
     )

@@ -1,16 +1,17 @@
-"""Pictures of a sweep: curves with bands over seeds, and accuracy against cost."""
+"""Pictures of a sweep: curves with bands over seeds, and errors with their deviations."""
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from experiments.formats import Estimate
 from experiments.sweep import Result
-from experiments.sweep_tables import accuracy, cost
 
 COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")
 """Paul Tol's bright scheme: told apart by colour-blind readers and in print."""
@@ -69,113 +70,117 @@ def _bands(
     axes.fill_between(epochs, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
 
 
-def plot_pareto(points: Sequence[tuple[str, Result]], title: str, path: pathlib.Path) -> None:
-    """Draws test error against bits an entry of the gradient and against the time of a step.
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of :func:`plot_intervals`.
 
-    The error is on a logarithmic axis, the least at the top. Every point has a place of its own
-    among those of equal bits. A line joins what nothing else beats in both; whiskers are standard
-    deviations over seeds.
+    Attributes:
+      group: the rows of a group stand together, under its name.
+      name: of the row.
+      error: test error in %, mean and deviation; of no values where there is none.
+      columns: what stands beside the row, by the column's title, such as a cost.
+    """
+
+    group: str
+    name: str
+    error: Estimate
+    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def plot_intervals(
+    rows: Sequence[Row], title: str, path: pathlib.Path, reference: str | None = None
+) -> None:
+    """Draws test errors with their deviations, a line for each row, group by group.
+
+    In each group the least error stands first. The error is on a logarithmic axis.
 
     Args:
-      points: labelled results.
+      rows: groups appear in the order of their first row.
       title: of the picture.
       path: of the PNG file.
+      reference: rows of this name are drawn in a colour of their own, and a line marks their error.
+
+    Raises:
+      ValueError: there are no rows.
     """
     import matplotlib.figure
-    from matplotlib.ticker import LogLocator, NullLocator
 
-    found = [(label, result) for label, result in points if result.summaries]
-    bits, times = ([cost(r, name) for _, r in found] for name in ("gradient_bits", "step_ms"))
-    places, centers, gaps = _side_by_side(bits)
-    figure = matplotlib.figure.Figure(figsize=(13, 5.2), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True, width_ratios=(1.6, 1))
-    for axes, costs, shown in zip(panels, (bits, times), (places, times), strict=True):
-        placed = {}
-        for number, ((label, result), x) in enumerate(zip(found, shown, strict=True), 1):
-            worth = costs[number - 1]
-            if x is None or worth is None:
-                continue
-            error, up = _error(result)
-            axes.errorbar(
-                x,
-                error,
-                yerr=[[min(up, 0.9 * error)], [up]],  # a logarithm ends above zero
-                fmt="o",
-                color=COLORS[(number - 1) % len(COLORS)],
-                markersize=4,
-                capsize=2,
-                label=f"{number} {label} (n = {len(result.summaries)})",
-            )
-            axes.annotate(
-                f"{number}", (x, error), xytext=(3, 2), textcoords="offset points", fontsize=7
-            )
-            placed[worth, -error] = (x, error)
-        front = [placed[point] for point in pareto_front(list(placed))]
-        axes.scatter(*zip(*front, strict=True), s=70, facecolors="none", edgecolors="black")
-        axes.grid(alpha=0.3, axis="y", which="both")
-    errors, step = panels[0], panels[1]
-    errors.set_yscale("log")
-    errors.invert_yaxis()
-    errors.yaxis.set_major_formatter("{x:g}")
-    errors.yaxis.set_minor_formatter("{x:g}")
-    errors.set_xticks(list(centers.values()), [f"{x:g}" for x in centers])
-    for place in gaps:
-        errors.axvline(place, color="#dddddd", lw=0.8, zorder=0)
-    errors.set(xlabel="cost of a gradient entry (bits)", ylabel="test error (%)")
-    step.set_xscale("log")
-    step.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    step.xaxis.set_major_formatter("{x:g}")
-    step.xaxis.set_minor_locator(NullLocator())
-    step.set_xlabel("training step, median (ms)")
-    handles, labels = errors.get_legend_handles_labels()
-    legend = "ringed: beaten in both by none"
-    figure.legend(
-        handles, labels, loc="outside right upper", fontsize=7, title=legend, title_fontsize=7
-    )
-    figure.suptitle(_wrapped(f"{title}: mean ± standard deviation over seeds", figure), fontsize=10)
+    if not rows:
+        raise ValueError("there are no rows to draw.")
+    lines = _lines(rows)
+    figure = matplotlib.figure.Figure(figsize=(8.6, 0.9 + 0.2 * len(lines)), layout="constrained")
+    axes = figure.subplots()
+    columns = list(dict.fromkeys(name for row in rows for name in row.columns))
+    for place, column in enumerate(columns):
+        _beside(axes, place, len(lines), column, "#555555")
+    heights = range(len(lines) - 1, -1, -1)
+    for height, line in zip(heights, lines, strict=True):
+        if not isinstance(line, Row):
+            axes.axhspan(height - 0.5, height + 0.5, color="#eeeeee", linewidth=0, zorder=0)
+            continue
+        _draw(axes, height, line, COLORS[1] if line.name == reference else COLORS[0])
+        for place, column in enumerate(columns):
+            _beside(axes, place, height, line.columns.get(column, ""), "black")
+    for error in {row.error.mean for row in rows if row.name == reference and row.error.n}:
+        axes.axvline(max(error, _LEAST), color=COLORS[1], lw=0.8, linestyle=":", zorder=0.5)
+    axes.set_yticks(heights, [line.name if isinstance(line, Row) else line for line in lines])
+    for tick, line in zip(axes.get_yticklabels(), lines, strict=True):
+        tick.set(fontsize=8, fontweight="normal" if isinstance(line, Row) else "bold")
+    axes.tick_params(axis="y", length=0)
+    axes.set(ylim=(-0.7, len(lines) - 0.3), xscale="log", xlabel="test error (%)")
+    _number_ticks(axes.xaxis)
+    axes.grid(alpha=0.3, axis="x", which="both")
+    figure.suptitle(_wrapped(title, figure), fontsize=10)
     figure.savefig(path, dpi=130)
 
 
-def _side_by_side(
-    costs: Sequence[float | None],
-) -> tuple[list[float | None], dict[float, float], list[float]]:
-    """A place of its own on an axis for each cost, equal ones together; where the middle of equal
-    ones is, and the gaps between those.
-    """
-    places: list[float | None] = [None] * len(costs)
-    centers, gaps = {}, []
-    at = 0.0
-    for value in sorted({value for value in costs if value is not None}):
-        alike = [i for i, other in enumerate(costs) if other == value]
-        for shift, i in enumerate(alike):
-            places[i] = at + shift
-        centers[value] = at + (len(alike) - 1) / 2
-        gaps.append(at + len(alike))
-        at += len(alike) + 1
-    return places, centers, gaps[:-1]
+_LEAST = 0.05
+"""An error on a logarithmic axis, in %, that stands for zero."""
+
+_SMALL: dict[str, Any] = {"fontsize": 8, "va": "center"}
 
 
-def _error(result: Result) -> tuple[float, float]:
-    """Test error in %, never zero, and its deviation over seeds."""
-    own = accuracy(result)
-    return max(100 - own.mean, 0.05), own.deviation if own.n > 1 else 0.0
+def _lines(rows: Sequence[Row]) -> list[Row | str]:
+    """The rows as they are drawn, under the names of their groups."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.group, []).append(row)
+    lines: list[Row | str] = []
+    for group, own in groups.items():
+        own.sort(key=lambda row: row.error.mean if row.error.n else float("inf"))
+        lines += [group, *own]
+    return lines
 
 
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points of which none other costs no more and is worth as much, by rising cost.
+def _draw(axes: Any, height: float, row: Row, color: str) -> None:
+    """The mean of a row, with whiskers that end above zero."""
+    if not row.error.n:
+        axes.text(0.01, height, "no run finished", transform=_across(axes), **_SMALL)
+        return
+    error = max(row.error.mean, _LEAST)
+    whiskers = None
+    if row.error.n > 1:
+        up = row.error.deviation
+        whiskers = [[min(up, 0.9 * error)], [up]]
+    axes.errorbar(error, height, xerr=whiskers, fmt="o", color=color, markersize=4.5, capsize=2)
 
-    Args:
-      points: of each, the cost, and what it is worth.
 
-    Example:
-      >>> pareto_front([(4, 97), (1, 95), (1, 90), (2, 94), (8, 97)])
-      [(1, 95), (4, 97)]
-    """
-    front: list[tuple[float, float]] = []
-    for x, worth in sorted(points, key=lambda point: (point[0], -point[1])):
-        if not front or worth > front[-1][1]:
-            front.append((x, worth))
-    return front
+def _across(axes: Any) -> Any:
+    """Coordinates of the picture across, of the rows up and down."""
+    return axes.get_yaxis_transform()
+
+
+def _beside(axes: Any, column: int, height: float, text: str, color: str) -> None:
+    place = 1.11 + 0.13 * column
+    axes.text(place, height, text, ha="right", transform=_across(axes), color=color, **_SMALL)
+
+
+def _number_ticks(axis: Any) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
 
 
 def _wrapped(text: str, figure: Any) -> str:

@@ -3,11 +3,11 @@
 Three integer products make a quantized layer. With ``x`` and ``w`` signs and ``Q(g)`` the quantized
 gradient of the output (:class:`~fqt_jax.kernels.contract.Rounding`):
 
-============== ============================== ==============================
-``forward``    ``z = x * w``                  ``int16`` or ``int32``, exact
-``input_grad`` ``dx = Q(g) *^T w``            ``float32[N, H, W, C]``
-``weight_grad`` ``dw = x * Q(g)``             ``float32[kh, kw, C, O]``
-============== ============================== ==============================
+===============  ====================  =============================
+``forward``      ``z = x * w``         ``int16`` or ``int32``, exact
+``input_grad``   ``dx = Q(g) *^T w``   ``float32[N, H, W, C]``
+``weight_grad``  ``dw = x * Q(g)``     ``float32[kh, kw, C, O]``
+===============  ====================  =============================
 
 A dense layer is a convolution of one position with a 1x1 window. What stands between two products
 is :mod:`fqt_jax.kernels.transforms`; what stays float, :mod:`fqt_jax.kernels.floats`. Each is

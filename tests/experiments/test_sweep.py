@@ -4,14 +4,16 @@ import dataclasses
 import json
 import pathlib
 
+import matplotlib.figure
+import numpy as np
 import pytest
 
 from experiments.cli import UserError
 from experiments.finetune import FinetuneConfig
-from experiments.formats import Table
+from experiments.formats import Estimate, Table
 from experiments.specs import parse
 from experiments.sweep import Group, Store, SweepConfig, best_rate, collect, parse_all, plan
-from experiments.sweep_plots import pareto_front, plot_curves, plot_pareto
+from experiments.sweep_plots import Row, plot_curves, plot_intervals
 from experiments.sweep_run import run_groups
 from experiments.sweep_tables import accuracy, differences
 from experiments.tables import mean_gain
@@ -196,18 +198,71 @@ def test_markdown_escapes_what_would_end_a_cell():
     assert text == "**t**\n\n| a\\|b |\n|---|\n| 1\\|2 |\n\nnote\n"
 
 
-def test_the_front_has_what_nothing_beats():
-    assert pareto_front([]) == []
-    assert pareto_front([(2, 5), (2, 6), (1, 6), (3, 7)]) == [(1, 6), (3, 7)]
+def drawn(monkeypatch) -> list:
+    """The axes of every picture that is saved from now on."""
+    figures: list = []
+    save = matplotlib.figure.Figure.savefig
+
+    def note(figure, *args, **kwargs):
+        figures.append(figure)
+        save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", note)
+    return figures
 
 
-def test_pictures_are_drawn_with_missing_results_too(tmp_path):
+def row(group: str, name: str, *errors: float, **columns: str) -> Row:
+    return Row(group, name, Estimate.of(errors), columns)
+
+
+def test_rows_stand_in_their_groups_by_error_with_their_intervals(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    rows = [
+        row("bits", "one", 10.0, 20.0, cost="1"),
+        row("keep", "half", 4.0, 6.0, cost="2"),
+        row("bits", "none"),
+        row("bits", "four", 4.0, 6.0, cost="4"),
+        row("keep", "all", 3.0),
+    ]
+    plot_intervals(rows, "title", tmp_path / "a.png", reference="four")
+    (axes,) = figures[0].axes
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == ["bits", "four", "one", "none", "keep", "all", "half"]
+    heights = dict(zip(labels, axes.get_yticks(), strict=True))
+    assert list(heights.values()) == [6, 5, 4, 3, 2, 1, 0]  # from the top
+    points = {container[0].get_ydata()[0]: container for container in axes.containers}
+    assert {h: float(c[0].get_xdata()[0]) for h, c in points.items()} == {5: 5, 4: 15, 1: 3, 0: 5}
+    (whisker,) = points[heights["four"]][2][0].get_segments()
+    np.testing.assert_allclose(whisker[:, 0], [5 - 2**0.5, 5 + 2**0.5])
+    assert points[heights["all"]][2] == ()  # of one seed there is no deviation
+    beside = {(text.get_position()[1], text.get_text()) for text in axes.texts}
+    named = {(heights["four"], "4"), (heights["one"], "1"), (heights["half"], "2")}
+    assert beside >= named | {(heights["none"], "no run finished")}
+
+
+def test_an_error_of_zero_and_a_wide_deviation_stay_on_a_logarithmic_axis(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    rows = [row("a", "perfect", 0.0, 0.0), row("a", "wide", 0.0, 10.0)]
+    plot_intervals(rows, "title", tmp_path / "a.png")
+    (axes,) = figures[0].axes
+    for container in axes.containers:
+        lines = [
+            container[0].get_xdata()[0],
+            *(s[0] for b in container[2] for s in b.get_segments()[0]),
+        ]
+        assert min(lines) > 0
+
+
+def test_a_picture_of_nothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no rows"):
+        plot_intervals([], "title", tmp_path / "a.png")
+
+
+def test_curves_are_drawn_with_missing_results_too(tmp_path):
     good, part, none = results(tmp_path, [0.9, 0.8], [0.5, None], [None, None])
     named = [("good", good), ("part", part), ("none", none)]
     plot_curves([("left", named), ("right", named[:1])], "title", tmp_path / "a.png")
-    plot_pareto(named, "title", tmp_path / "b.png")
-    for path in (tmp_path / "a.png", tmp_path / "b.png"):
-        assert path.read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,11 @@ import time
 import pytest
 
 from experiments import finetune, locks, process, runner, sweep_run, sweep_worker
+from experiments.ablate import STUDIES, AblateConfig
+from experiments.ablate import main as ablate
 from experiments.cli import UserError
 from experiments.finetune import FinetuneConfig
+from experiments.specs import parse
 from experiments.sweep import Group, Store, collect
 from experiments.sweep_run import run_groups
 from experiments.tables import TablesConfig
@@ -139,6 +142,25 @@ def test_an_error_of_one_group_stops_the_others(act, monkeypatch):
     monkeypatch.setattr(sweep_run._Sweep, "run", failing)
     with pytest.raises(OSError, match="no space"):
         run_groups([group(), other], pathlib.Path("out"), 2)
+
+
+def test_an_ablation_draws_each_study_and_names_what_no_run_finished(act, capsys):
+    config = AblateConfig(studies=("clip", "controls"), seeds=(0, 1, 2))
+    specs = [parse("recipe", text) for name in config.studies for text in STUDIES[name]]
+    point = {
+        "dataset": parse("dataset", config.task),
+        "model": parse("model", config.models[0]),
+        "optimizer": parse("optimizer", config.optimizer),
+    }
+    for spec in specs:
+        result = ("die", "die", "die") if spec.label == "psq1" else (0.5, 0.75, 1.0)
+        act(config.group({**point, "recipe": spec}), *result)
+    with pytest.raises(SystemExit):  # a run failed
+        ablate(config)
+    assert pathlib.Path("runs/ablate/errors-1-vgg_small.png").read_bytes().startswith(b"\x89PNG")
+    table = pathlib.Path("runs/ablate/tables.md").read_text()
+    assert "| clip | fqt1:clip=false | 75.0 ± 25.0 | 1 | 2 |" in table
+    assert "|  | psq1 | - | - | - |" in table
 
 
 def test_equal_groups_run_once_whatever_they_are_called(act, capsys):
