@@ -26,9 +26,9 @@ import numpy as np
 import tyro
 from flax import nnx
 
-from experiments import tasks
-from experiments.config import read_config
 from experiments.finetune import FinetuneConfig
+from experiments.runs import tasks
+from experiments.runs.config import read_config
 from fqt_jax.checkpoints import latest_checkpoint, read_metadata, restore_checkpoint
 from fqt_jax.training import TrainState, create_state
 

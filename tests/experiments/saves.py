@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.run_checkpoints import RunCheckpoints
+from experiments.runs.checkpoints import RunCheckpoints
 from fqt_jax.checkpoints import read_metadata, restore_checkpoint
 from fqt_jax.training import Metrics, TrainState
 from tests.experiments.faults import Faults

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import cli, runner, summaries, tasks
+from experiments import cli
 from experiments.finetune import FinetuneConfig, build_task, main
+from experiments.runs import runner, summaries, tasks
 from fqt_jax.checkpoints import (
     list_checkpoints,
     nonfinite_arrays,

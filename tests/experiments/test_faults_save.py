@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from experiments.run_checkpoints import RunCheckpoints
+from experiments.runs.checkpoints import RunCheckpoints
 from fqt_jax.checkpoints import CheckpointError
 from tests.experiments.faults import Faults
 from tests.experiments.saves import KILLED, begin, goes_on, newest, operations, save

@@ -13,12 +13,13 @@ import time
 import numpy as np
 import pytest
 
-from experiments import cli, locks, process, runner
-from experiments.config import RunConfig
+from experiments import cli, process
 from experiments.data import load
 from experiments.finetune import FinetuneConfig, main
 from experiments.pretrain import PretrainConfig
 from experiments.pretrain import main as pretrain
+from experiments.runs import locks, runner
+from experiments.runs.config import RunConfig
 from fqt_jax.checkpoints import CheckpointError, latest_checkpoint, read_metadata
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -285,7 +286,7 @@ def test_options_survive_a_round_trip_through_json():
     values = json.loads(json.dumps(config.to_json()))
     pathlib.Path("run").mkdir()
     pathlib.Path("run/config.json").write_text(json.dumps(values))
-    from experiments.config import read_config
+    from experiments.runs.config import read_config
 
     assert read_config(FinetuneConfig(), pathlib.Path("run")) == dataclasses.replace(
         config, out=None

@@ -4,9 +4,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from experiments import folders, process
+from experiments import process
 from experiments.cli import UserError
-from experiments.config import RunConfig
+from experiments.runs import folders
+from experiments.runs.config import RunConfig
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 

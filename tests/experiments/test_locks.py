@@ -8,13 +8,13 @@ import threading
 import pytest
 
 from experiments.cli import UserError
-from experiments.locks import locked
+from experiments.runs.locks import locked
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 HOLD = """
 import pathlib, sys
-from experiments.locks import locked
+from experiments.runs.locks import locked
 with locked(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

@@ -10,12 +10,12 @@ import pytest
 
 from experiments.cli import UserError
 from experiments.finetune import FinetuneConfig
-from experiments.formats import Estimate, Table
-from experiments.specs import parse
-from experiments.sweep import Group, Store, SweepConfig, best_rate, collect, parse_all, plan
-from experiments.sweep_plots import Row, plot_curves, plot_intervals
-from experiments.sweep_run import run_groups
-from experiments.sweep_tables import accuracy, differences
+from experiments.show.formats import Estimate, Table
+from experiments.sweeps.plots import Row, plot_curves, plot_intervals
+from experiments.sweeps.run import run_groups
+from experiments.sweeps.specs import parse
+from experiments.sweeps.sweep import Group, Store, SweepConfig, best_rate, collect, parse_all, plan
+from experiments.sweeps.tables import accuracy, differences
 from experiments.tables import mean_gain
 
 

@@ -12,14 +12,17 @@ import time
 
 import pytest
 
-from experiments import finetune, locks, process, runner, sweep_run, sweep_worker
+from experiments import finetune, process
 from experiments.ablate import STUDIES, AblateConfig
 from experiments.ablate import main as ablate
 from experiments.cli import UserError
 from experiments.finetune import FinetuneConfig
-from experiments.specs import parse
-from experiments.sweep import Group, Store, collect
-from experiments.sweep_run import run_groups
+from experiments.runs import locks, runner
+from experiments.sweeps import run as sweep_run
+from experiments.sweeps import worker as sweep_worker
+from experiments.sweeps.run import run_groups
+from experiments.sweeps.specs import parse
+from experiments.sweeps.sweep import Group, Store, collect
 from experiments.tables import TablesConfig
 from experiments.tables import main as tables
 
