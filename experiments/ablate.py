@@ -14,12 +14,12 @@ import pathlib
 
 from experiments import cli
 from experiments.cli import UserError
-from experiments.formats import Estimate, Table, count
-from experiments.specs import Spec, parse
-from experiments.sweep import Result, SweepConfig, parse_all
-from experiments.sweep_plots import Row, plot_intervals
-from experiments.sweep_run import run_groups
-from experiments.sweep_tables import accuracy, cost, publish
+from experiments.show.formats import Estimate, Table, count
+from experiments.sweeps.plots import Row, plot_intervals
+from experiments.sweeps.run import run_groups
+from experiments.sweeps.specs import Spec, parse
+from experiments.sweeps.sweep import Result, SweepConfig, parse_all
+from experiments.sweeps.tables import accuracy, cost, publish
 
 STUDIES: dict[str, tuple[str, ...]] = {
     "baselines": ("qat", "psq1", "fqt1"),

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from typing import TypeVar
 
-import jax
 import tyro
 
 from experiments import process
@@ -24,9 +23,9 @@ class UserError(Exception):
 def run(main: Callable[[Config], None], config_type: type[Config]) -> None:
     """Parses the options, runs ``main`` and turns errors into one line and an exit status.
 
-    The status is 0 on success, 1 where the machine failed, such as by a lack of memory, 2 for bad
-    input, 130 after Ctrl-C and 143 after SIGTERM. Set ``FQT_JAX_TRACEBACK=1`` to see where an error
-    came from.
+    The status is 0 on success, 1 where something failed that is not the input, such as a lack of
+    memory, 2 for bad input, 130 after Ctrl-C and 143 after SIGTERM. Set ``FQT_JAX_TRACEBACK=1`` to
+    see where an error came from.
     """
     process.install()
     module = sys.modules["__main__"]
@@ -48,7 +47,7 @@ def run(main: Callable[[Config], None], config_type: type[Config]) -> None:
         process.fail(f"{where}{error.strerror or error}")
     except (UserError, DataError, CheckpointError, ValueError, TypeError, ImportError) as error:
         process.fail(str(error))
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+    except (MemoryError, RuntimeError) as error:
         # Lines after the first are the compiler's.
         line = (str(error).splitlines() or ["out of memory"])[0]
-        process.fail(f"the machine failed: {line}", status=1)
+        process.fail(f"{line} (FQT_JAX_TRACEBACK=1 shows where)", status=1)

@@ -15,12 +15,12 @@ import itertools
 import pathlib
 
 from experiments import cli
-from experiments.formats import Estimate, Table, count
-from experiments.specs import Spec, parse
-from experiments.sweep import OTHER_RATES, RATES, Result, SweepConfig, parse_all
-from experiments.sweep_plots import plot_curves
-from experiments.sweep_run import run_groups
-from experiments.sweep_tables import accuracy, differences, publish
+from experiments.show.formats import Estimate, Table, count
+from experiments.sweeps.plots import plot_curves
+from experiments.sweeps.run import run_groups
+from experiments.sweeps.specs import Spec, parse
+from experiments.sweeps.sweep import OTHER_RATES, RATES, Result, SweepConfig, parse_all
+from experiments.sweeps.tables import accuracy, differences, publish
 
 
 @dataclasses.dataclass(frozen=True)

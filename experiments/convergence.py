@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 import sklearn.datasets
 
-from experiments import cli, convergence_report
-from experiments.folders import output_folder, write_json
+from experiments import cli
+from experiments.runs.folders import output_folder, write_json
+from experiments.show import convergence as convergence_report
 from fqt_jax import theory
 from fqt_jax.diagnostics import Quantization, quantized_gradient
 from fqt_jax.recipe import GradientQuantizer

@@ -30,12 +30,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments import cli, folders, tasks
-from experiments.config import RunConfig
+from experiments import cli
 from experiments.data.augment import normalize
-from experiments.formats import Table
-from experiments.plain_training import plain_epochs
-from experiments.sweep import parse_all
+from experiments.runs import folders, tasks
+from experiments.runs.config import RunConfig
+from experiments.runs.plain_training import plain_epochs
+from experiments.show.formats import Table
+from experiments.sweeps.sweep import parse_all
 from fqt_jax.estimators import Estimator, SplitModel
 from fqt_jax.training import CrossEntropy
 from fqt_jax.tree import leaf_name

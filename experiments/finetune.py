@@ -15,10 +15,11 @@ import json
 import pathlib
 from typing import ClassVar
 
-from experiments import cli, folders, locks, process, reporting, runner, tasks
-from experiments.config import RunConfig, read_config
+from experiments import cli, process
 from experiments.data import Dataset
 from experiments.pretrain import PretrainConfig
+from experiments.runs import folders, locks, reporting, runner, tasks
+from experiments.runs.config import RunConfig, read_config
 from fqt_jax.checkpoints import latest_checkpoint
 from fqt_jax.recipe import QAT
 

@@ -22,12 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments import cli, folders, gradient_pictures, tasks
-from experiments.config import RunConfig
+from experiments import cli
 from experiments.data import Dataset
 from experiments.data.augment import normalize
-from experiments.plain_training import plain_epochs
-from experiments.steps import build_eval_step, evaluate, on_device
+from experiments.runs import folders, tasks
+from experiments.runs.config import RunConfig
+from experiments.runs.plain_training import plain_epochs
+from experiments.runs.steps import build_eval_step, evaluate, on_device
+from experiments.show import gradients as gradient_pictures
 from fqt_jax import diagnostics
 from fqt_jax.training import TrainState, merge_model
 

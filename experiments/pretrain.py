@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 
-from experiments import cli, folders, reporting, runner, tasks
-from experiments.config import RunConfig, read_config
+from experiments import cli
+from experiments.runs import folders, reporting, runner, tasks
+from experiments.runs.config import RunConfig, read_config
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,10 +17,11 @@ from collections.abc import Sequence
 
 import tyro
 
-from experiments import cli, report_pictures
-from experiments.folders import write_text
-from experiments.formats import Table, count
-from experiments.report_runs import Found, Group, differing, group, read
+from experiments import cli
+from experiments.reports import pictures as report_pictures
+from experiments.reports.runs import Found, Group, differing, group, read
+from experiments.runs.folders import write_text
+from experiments.show.formats import Table, count
 
 Paths = tyro.conf.Positional[tuple[pathlib.Path, ...]]
 

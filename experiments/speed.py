@@ -21,11 +21,13 @@ import sys
 import tempfile
 from typing import Any
 
-from experiments import cli, machine, process, speed_report
+from experiments import cli, process
+from experiments.bench import machine
+from experiments.bench import report as speed_report
+from experiments.bench.contenders import SPEED_RECIPES, Roster, Setting, resolve_implementations
+from experiments.bench.layers import check, measure_layers
+from experiments.bench.steps import measure_rss, measure_steps, say
 from experiments.cli import UserError
-from experiments.contenders import SPEED_RECIPES, Roster, Setting, resolve_implementations
-from experiments.speed_layers import check, measure_layers
-from experiments.speed_steps import measure_rss, measure_steps, say
 from fqt_jax.models import MODELS
 
 
@@ -163,7 +165,7 @@ def in_process(request: dict[str, Any]) -> dict[str, Any]:
     ):
         ask, answer = pathlib.Path(folder, "request.json"), pathlib.Path(folder, "result.json")
         ask.write_text(json.dumps(request))
-        command = [sys.executable, "-m", "experiments.speed_worker", str(ask), str(answer)]
+        command = [sys.executable, "-m", "experiments.bench.worker", str(ask), str(answer)]
         # In a session of its own: Ctrl-C reaches this process alone, which ends that one.
         worker = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, start_new_session=True

@@ -21,11 +21,11 @@ from statistics import fmean
 from typing import Literal
 
 from experiments import cli
-from experiments.formats import Estimate, Table, count
-from experiments.specs import Axis, Spec, parse
-from experiments.sweep import Group, Result, SweepConfig, parse_all
-from experiments.sweep_run import run_groups
-from experiments.sweep_tables import accuracy, differences, publish
+from experiments.show.formats import Estimate, Table, count
+from experiments.sweeps.run import run_groups
+from experiments.sweeps.specs import Axis, Spec, parse
+from experiments.sweeps.sweep import Group, Result, SweepConfig, parse_all
+from experiments.sweeps.tables import accuracy, differences, publish
 
 _RECIPES = (
     "qat",

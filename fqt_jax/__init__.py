@@ -5,6 +5,7 @@ from fqt_jax import estimators as estimators
 from fqt_jax import samplers as samplers
 from fqt_jax import theory as theory
 from fqt_jax import training as training
+from fqt_jax._versions import warn_of_defects as _warn_of_defects
 from fqt_jax.binarize import PackedBits as PackedBits
 from fqt_jax.binarize import binarize as binarize
 from fqt_jax.binarize import weight_scale as weight_scale
@@ -32,3 +33,5 @@ from fqt_jax.samplers import Sampler as Sampler
 from fqt_jax.samplers import Selection as Selection
 from fqt_jax.samplers import keep_probabilities as keep_probabilities
 from fqt_jax.sequential import Sequential as Sequential
+
+_warn_of_defects()

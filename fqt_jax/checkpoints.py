@@ -9,22 +9,19 @@ renamed: a checkpoint is there whole or not at all. Every read compares the chec
 from __future__ import annotations
 
 import json
-import logging
 import os
 import pathlib
 import re
 import shutil
-import sys
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from flax import nnx
 
 from fqt_jax import checksums
+from fqt_jax.array_files import read_arrays, write_arrays
 from fqt_jax.training import TrainState
 from fqt_jax.tree import leaf_name
 
@@ -63,10 +60,7 @@ def save_checkpoint(path: Path, state: TrainState, metadata: dict[str, Any]) -> 
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
         (partial / _METADATA).write_text(text)
-        (partial / _STATE).mkdir()
-        handler = _orbax()
-        handler.save(partial / _STATE, args=ocp.args.StandardSave(arrays))
-        handler.finalize(partial / _STATE)
+        write_arrays(partial / _STATE, arrays)
         checksums.seal(partial)
         partial.rename(path)
         checksums.sync(path.parent)
@@ -256,36 +250,9 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     read_metadata(path)
     path = pathlib.Path(path).absolute()
     try:
-        restored = _orbax().restore(path / _STATE, args=ocp.args.StandardRestore())
-        return {name: np.asarray(array) for name, array in dict(restored).items()}
+        return read_arrays(path / _STATE)
     except Exception as error:
         raise CheckpointError(f"the checkpoint {path} cannot be read: {_reason(error)}") from error
-
-
-class _LateReports:
-    """Drops what threads of Orbax say of a write that failed: the error itself was raised already.
-
-    They finish when the event loop that they report to is closed, some only at the next garbage
-    collection. Each would print a traceback.
-    """
-
-    def __init__(self, previous: Callable[[Any], object]):
-        self._previous = previous
-
-    def __call__(self, report: Any) -> None:
-        if not (
-            isinstance(report.exc_value, RuntimeError)
-            and str(report.exc_value) == "Event loop is closed"
-        ):
-            self._previous(report)
-
-
-def _orbax() -> Any:
-    # Orbax reports each save and, on errors, the state of its threads; ours are one line.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    if not isinstance(sys.unraisablehook, _LateReports):
-        sys.unraisablehook = _LateReports(sys.unraisablehook)
-    return ocp.StandardCheckpointHandler()
 
 
 def _named_leaves(state: TrainState) -> list[tuple[str, jax.Array]]:

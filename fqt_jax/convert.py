@@ -104,10 +104,10 @@ def quantize(
       >>> net = nnx.Sequential(*[nnx.Conv(c, d, (3, 3), rngs=rngs) for c, d in ((3, 8), (8, 16))])
       >>> quantized, table = fqt.quantize(net, fqt.QAT)
       >>> print(table)
-      layer     kind  kernel    becomes                             because      fuses
-      -------------------------------------------------------------------------------
-      layers/0  Conv  3x3x3x8   float                               first layer  -
-      layers/1  Conv  3x3x8x16  binary, float gradients             default      alone
+      layer     kind  kernel    becomes                  because      fuses
+      ---------------------------------------------------------------------
+      layers/0  Conv  3x3x3x8   float                    first layer  -
+      layers/1  Conv  3x3x8x16  binary, float gradients  default      alone
     """
     # The order in which the model defines its layers tells the first from the rest; a clone has
     # forgotten it.

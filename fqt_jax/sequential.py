@@ -107,7 +107,7 @@ class Sequential(nnx.Sequential):
       (2, 4, 4, 16)
       >>> print(net.explain())
       part      layer      fuses   because
-      ---------------------------------------------------------------------------
+      --------------------------------------------------------------------------
       layers/0  QuantConv  run 1
       layers/1  BatchNorm  run 1
       layers/2  relu       run 1

@@ -31,4 +31,4 @@ def format_table(
         ).rstrip()
         for line in lines
     )
-    return "\n".join([first, "-" * len(first), *texts])
+    return "\n".join([first, "-" * max(map(len, (first, *texts))), *texts])

@@ -6,8 +6,9 @@ a run can stop after any step and continue with the same numbers.
 
 A batch is any pytree of arrays that share their first axis, one entry a sample. What of it the
 model is called with is the first entry of ``(x, y)`` or the entry ``"image"``, ``"x"`` or
-``"inputs"`` of a dictionary, or whatever ``inputs=`` says (:func:`default_inputs`). The loss and
-the metrics are functions of the model's outputs and the batch, and give one number a sample.
+``"inputs"`` of a dictionary, or whatever ``inputs=`` says
+(:func:`fqt_jax.batches.default_inputs`). The loss and the metrics are functions of the model's
+outputs and the batch, and give one number a sample.
 """
 
 from __future__ import annotations
@@ -161,6 +162,8 @@ def make_train_step(
         return _losses(loss, outputs, batch, batch_size(batch))
 
     def step(state: TrainState, batch: Any, key: jax.Array) -> tuple[TrainState, jax.Array]:
+        if isinstance(batch, Padded):
+            raise ValueError("a training step takes whole batches: padding would be trained on.")
         batch_size(batch)
         key = jax.random.fold_in(key, state.step)
         if preprocess is not None:

@@ -21,17 +21,17 @@ def recipes(table: fqt.ConversionTable) -> dict[str, fqt.Recipe]:
 def test_defaults_leave_the_first_layer_shortcuts_and_classifier_float():
     model, table = fqt.quantize(resnet(), fqt.FQT1)
     assert recipes(table) == {
-        "stem": fqt.FULL_PRECISION,
-        "blocks/0/conv1": fqt.FQT1,
-        "blocks/0/conv2": fqt.FQT1,
-        "blocks/1/conv1": fqt.FQT1,
-        "blocks/1/conv2": fqt.FQT1,
-        "blocks/1/shortcut/conv": fqt.FULL_PRECISION,
+        "stem/layers/0": fqt.FULL_PRECISION,
+        "blocks/0/body/layers/1": fqt.FQT1,
+        "blocks/0/body/layers/4": fqt.FQT1,
+        "blocks/1/body/layers/1": fqt.FQT1,
+        "blocks/1/body/layers/4": fqt.FQT1,
+        "blocks/1/shortcut/layers/1": fqt.FULL_PRECISION,
         "head": fqt.FULL_PRECISION,
     }
-    assert isinstance(model.blocks[0].conv1, fqt.QuantConv)
-    assert model.blocks[0].conv1.recipe == fqt.FQT1
-    assert "blocks/1/shortcut/conv" in str(table)
+    assert isinstance(model.blocks[0].body.layers[1], fqt.QuantConv)
+    assert model.blocks[0].body.layers[1].recipe == fqt.FQT1
+    assert "blocks/1/shortcut/layers/1" in str(table)
 
 
 def test_the_first_layer_is_the_first_defined_not_the_first_by_name():
@@ -45,12 +45,12 @@ def test_the_first_layer_is_the_first_defined_not_the_first_by_name():
 
 
 def test_the_first_rule_that_matches_wins_and_overrides_defaults():
-    rules = [("blocks/0/.*", fqt.QAT), (r"blocks/\d/conv1", fqt.PSQ1), ("head", fqt.FQT1)]
+    rules = [("blocks/0/.*", fqt.QAT), (r"blocks/\d/body/layers/1", fqt.PSQ1), ("head", fqt.FQT1)]
     model, table = fqt.quantize(resnet(), fqt.FQT1, rules)
     got = recipes(table)
-    assert got["blocks/0/conv1"] == got["blocks/0/conv2"] == fqt.QAT
-    assert got["blocks/1/conv1"] == fqt.PSQ1
-    assert got["blocks/1/conv2"] == got["head"] == fqt.FQT1
+    assert got["blocks/0/body/layers/1"] == got["blocks/0/body/layers/4"] == fqt.QAT
+    assert got["blocks/1/body/layers/1"] == fqt.PSQ1
+    assert got["blocks/1/body/layers/4"] == got["head"] == fqt.FQT1
     assert isinstance(model.head, fqt.QuantLinear)
 
 
@@ -60,8 +60,10 @@ def test_the_original_stays_as_it_was():
     model.eval()
     before = model(x)
     quantized, _ = fqt.quantize(model, fqt.QAT)
-    quantized.blocks[0].conv1.kernel[...] = jnp.zeros_like(quantized.blocks[0].conv1.kernel[...])
-    assert type(model.blocks[0].conv1) is nnx.Conv
+    quantized.blocks[0].body.layers[1].kernel[...] = jnp.zeros_like(
+        quantized.blocks[0].body.layers[1].kernel[...]
+    )
+    assert type(model.blocks[0].body.layers[1]) is nnx.Conv
     np.testing.assert_array_equal(model(x), before)
 
 
@@ -136,10 +138,10 @@ def test_layers_that_cannot_be_quantized_are_refused_unless_kept_float(options, 
 @pytest.mark.parametrize(
     ("rules", "error", "message"),
     [
-        ([("conv9", fqt.QAT)], ValueError, "'conv9' matches no layer. Layers: stem, "),
+        ([("conv9", fqt.QAT)], ValueError, "'conv9' matches no layer. Layers: stem/layers/0, "),
         ([("conv1", fqt.QAT)], ValueError, "matches no layer"),  # whole paths, not parts
         ([("(", fqt.QAT)], ValueError, "malformed"),
-        ([("stem", "qat")], TypeError, "must give a Recipe"),
+        ([("stem/.*", "qat")], TypeError, "must give a Recipe"),
         ([(".*", fqt.FULL_PRECISION)], ValueError, "leave every layer in full precision"),
     ],
 )

@@ -278,11 +278,12 @@ def test_norms_that_one_draw_would_get_wrong_are_refused(norm, message):
 def test_a_norm_that_is_called_with_its_running_statistics_keeps_to_them():
     class Model(nnx.Module):
         def __init__(self):
+            self.linear = nnx.Linear(6, 6, rngs=nnx.Rngs(0))
             self.norm = nnx.BatchNorm(6, rngs=nnx.Rngs(0))
             self.norm.mean[...] = jnp.arange(6.0)
 
         def __call__(self, x):
-            return self.norm(x, use_running_average=True)[:, 0, :3]
+            return self.norm(self.linear(x), use_running_average=True)[:, 0, :3]
 
     task = (SplitModel.of(Model()), normed_task(None)[1], LOSS)
     whole, drawn = FullBatch().gradients(*task, KEY), OneDraw(1.0).gradients(*task, KEY)

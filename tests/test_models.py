@@ -60,7 +60,7 @@ def test_logits_are_finite(name):
 def test_the_imagenet_stem_reduces_by_four():
     model = create_model("resnet18", num_classes=2, width=0.125, stem="imagenet", rngs=nnx.Rngs(0))
     assert model(jnp.ones((1, 64, 64, 3))).shape == (1, 2)
-    assert model.stem.kernel.shape == (7, 7, 3, 8)
+    assert model.stem.layers[0].kernel.shape == (7, 7, 3, 8)
 
 
 @pytest.mark.parametrize(("width", "expected"), [(1.0, 64), (0.25, 16), (0.01, 8), (1.5, 96)])

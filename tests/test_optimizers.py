@@ -104,7 +104,7 @@ def trained(optimizer, steps=3, scale=1.0):
 
 
 def moved(before, after) -> float:
-    return float(optax.global_norm(jax.tree.map(jnp.subtract, after.params, before.params)))
+    return float(optax.tree.norm(jax.tree.map(jnp.subtract, after.params, before.params)))
 
 
 def test_clipping_by_the_global_norm():

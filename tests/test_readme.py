@@ -12,8 +12,8 @@ import tyro
 import yaml
 
 from experiments import cli
-from experiments.specs import parse
-from experiments.sweep import SweepConfig
+from experiments.sweeps.specs import parse
+from experiments.sweeps.sweep import SweepConfig
 from fqt_jax.kernels import dispatch
 from tests import pages
 from tests.pages import PAGES, README, ROOT

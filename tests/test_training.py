@@ -272,6 +272,7 @@ X = np.ones((4, 3), np.float32)
         ({"x": X[:0]}, "the batch is empty"),
         ({}, r"must hold arrays; got \{\}"),
         ({"x": X, "seed": 3}, "seed has none"),
+        ((X,) * 0, r"must hold arrays; got \(\)"),
         ({"tokens": X}, "none of 'image', 'x', 'inputs', but 'tokens': say where .* by inputs="),
         ({"x": X, "image": X}, "several of 'image', 'x', 'inputs': 'image', 'x': say where"),
     ],
@@ -409,6 +410,12 @@ def test_only_padding_has_negative_indices_and_data_are_on_the_device():
         step(state, {"x": jnp.asarray(X), "y": jnp.zeros(3)}, np.array([0, 1]), KEY)
     with pytest.raises(TypeError, match="from make_train_step or make_eval_step; got function"):
         gather_on_device(square)
+
+
+def test_padding_is_not_trained_on():
+    graphdef, state = linear()
+    with pytest.raises(ValueError, match="a training step takes whole batches"):
+        make_train_step(graphdef, optax.sgd(0.1), loss=square)(state, pad_batch({"x": X}, 6), KEY)
 
 
 def test_padding_repeats_the_last_sample():

@@ -38,8 +38,8 @@ def epoch_order(
       (2, 4)
       >>> labels = np.arange(10) % 3
       >>> labels[epoch_order(10, 4, seed=0, epoch=0, labels=labels)]
-      array([[0, 1, 1, 2],
-             [0, 0, 1, 2]])
+      array([[0, 1, 2, 2],
+             [0, 0, 1, 1]])
       >>> epoch_order(3, 4, seed=0, epoch=0)
       Traceback (most recent call last):
         ...

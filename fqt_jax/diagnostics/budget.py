@@ -112,11 +112,11 @@ def budget(model: nnx.Module, x: jax.Array | jax.ShapeDtypeStruct) -> Budget:
       >>> net = VGG(((8, 8),), num_classes=10, in_features=1, rngs=nnx.Rngs(0))
       >>> model, _ = fqt.quantize(net, fqt.FQT1)
       >>> print(budget(model, jax.ShapeDtypeStruct((4, 6, 6, 1), jnp.float32)))
-      layer            weights  weight bits  inputs  input bits  gradient bits   kept, KiB
-      ------------------------------------------------------------------------------------
-      stages/0/0/conv       72           32     144          32        32 / 32  0.6 of 0.6
-      stages/0/1/conv      576            1   1,152           1          1 / 1  2.5 of 4.5
-      head                  80           32      32          32        32 / 32  0.1 of 0.1
+      layer              weights  weight bits  inputs  input bits  gradient bits   kept, KiB
+      --------------------------------------------------------------------------------------
+      features/layers/0       72           32     144          32        32 / 32  0.6 of 0.6
+      features/layers/3      576            1   1,152           1          1 / 1  2.5 of 4.5
+      head                    80           32      32          32        32 / 32  0.1 of 0.1
       weights 0.7 KiB (float: 2.8), kept for backward 3.2 KiB (float: 5.2)
     """
     return Budget(_layer_budget(layer) for layer in layer_shapes(model, x))

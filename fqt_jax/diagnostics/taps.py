@@ -125,8 +125,8 @@ def layer_shapes(model: nnx.Module, x: jax.Array | jax.ShapeDtypeStruct) -> list
       >>> model, _ = fqt.quantize(net, fqt.FQT1)
       >>> for layer in layer_shapes(model, jax.ShapeDtypeStruct((4, 6, 6, 1), jnp.float32)):
       ...     print(layer.path, layer.recipe.binary, layer.kernel, layer.output)
-      stages/0/0/conv False (3, 3, 1, 8) (4, 6, 6, 8)
-      stages/0/1/conv True (3, 3, 8, 8) (4, 6, 6, 8)
+      features/layers/0 False (3, 3, 1, 8) (4, 6, 6, 8)
+      features/layers/3 True (3, 3, 8, 8) (4, 6, 6, 8)
       head False (8, 10) (4, 1, 1, 10)
     """
     graphdef, state = nnx.split(model)

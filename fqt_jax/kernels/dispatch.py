@@ -81,7 +81,7 @@ def _why_not_here(implementation: Implementation) -> str | None:
     reason = implementation.unavailable()
     here = _platform(jax.default_backend())
     if reason is None and here not in implementation.platforms():
-        return f"it runs on {_listed(implementation.platforms())}, and the backend is {here}"
+        return f"it runs on {', '.join(implementation.platforms())}, and the backend is {here}"
     return reason
 
 
@@ -91,13 +91,14 @@ def _platform(backend: str) -> str:
     return "rocm" if "rocm" in jax.devices()[0].client.platform_version else "cuda"
 
 
-def _listed(platforms: tuple[str, ...]) -> str:
-    return ", ".join(platforms)
-
-
 def check_implementation(name: str | None) -> None:
-    """Raises ``ValueError`` for an unknown implementation, or one that is not available here."""
+    """Raises ``ValueError`` for an unknown implementation, or one that is not available here.
+
+    Without a name it raises where the environment asks one of them for what cannot be.
+    """
     if name is None:
+        for each in _IMPLEMENTATIONS.values():
+            each.unavailable()
         return
     reason = _why_not_here(_implementation(name))
     if reason is not None:
@@ -230,12 +231,11 @@ def _lowered(
 ) -> Any:
     name = dict(routes).get(platform)
     if name is None:
-        served = _listed(tuple(platform for platform, _ in routes))
-        names = _listed(tuple(dict.fromkeys(name for _, name in routes)))
-        raise UnsupportedError(
-            f"this {operation} is lowered for {platform}, and implementation={names!r} serves "
-            f"{served} only."
-        )
+        served: dict[str, list[str]] = {}
+        for known, by in routes:
+            served.setdefault(by, []).append(known)
+        says = (f"{by} serves {', '.join(platforms)} only" for by, platforms in served.items())
+        raise UnsupportedError(f"this {operation} is lowered for {platform}; {'; '.join(says)}.")
     kernel = _IMPLEMENTATIONS[name].kernels[operation]
 
     def run(*leaves: jax.Array) -> Any:

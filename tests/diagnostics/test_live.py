@@ -95,7 +95,7 @@ def test_diagnosis_of_a_model(float_vgg):
     assert found == again == json.loads(json.dumps(found))
     assert all(math.isfinite(value) for value in found.values())
     layers = dict.fromkeys(name.rpartition("/")[0] for name in found)
-    assert list(layers) == ["stages/0/1/conv", "all"]
+    assert list(layers) == ["features/layers/3", "all"]
     for path in list(layers)[:1]:
         assert found[f"{path}/samples"] == 16
         assert 1 <= found[f"{path}/effective_samples"] <= 16
@@ -141,7 +141,7 @@ def test_warning_names_the_layers():
 def test_budget_counts_what_is_kept(float_vgg, recipe):
     model, _ = fqt.quantize(float_vgg, recipe)
     first, middle, head = found = diagnostics.budget(model, jnp.zeros((5, 6, 6, 1)))
-    assert [layer.path for layer in found] == ["stages/0/0/conv", "stages/0/1/conv", "head"]
+    assert [layer.path for layer in found] == ["features/layers/0", "features/layers/3", "head"]
     bits = PackedBits.pack(jnp.zeros((5, 6, 6, 8), jnp.bool_)).nbytes
     sums = 2 * 5 * 6 * 6 * 8 if recipe.scale != "none" else 0
     assert middle.saved_bytes == bits * (2 if recipe.clip else 1) + sums
@@ -153,7 +153,7 @@ def test_budget_counts_what_is_kept(float_vgg, recipe):
     gradient = (0.8, 1.0) if recipe is FQT1 else (32, 32)
     assert (middle.input_gradient_bits, middle.weight_gradient_bits) == gradient
     assert found.weight_bytes == 4 * 72 + 9 * 8 * 8 // 8 + 4 * 24
-    assert "stages/0/1/conv" in str(found)
+    assert "features/layers/3" in str(found)
 
 
 def test_budget_of_shared_samples_and_of_float():

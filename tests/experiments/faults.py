@@ -7,6 +7,7 @@ import contextlib
 import io
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,19 +27,30 @@ _OPERATIONS = (
 
 
 class Faults:
-    """Counts the file operations below a folder, and calls ``fail`` at some of them.
+    """Calls ``fail`` at one of the file operations below a folder, or from one on.
 
     Args:
       folder: operations on other paths are left alone.
-      fail: called before an operation; it raises, or ends the process.
-      when: of the number of the operation, from 0 on: whether it fails.
+      at: the operation, as ``seen`` has it; none fails if it does not occur.
+      fail: called before the operation; it raises, or ends the process.
+      once: whether those after it succeed.
+
+    Attributes:
+      seen: what was done so far. Files that Orbax names at random have the name ``*``.
+      reached: whether ``at`` has occurred.
     """
 
     def __init__(
-        self, folder: pathlib.Path, fail: Callable[[str], object], when: Callable[[int], bool]
+        self,
+        folder: pathlib.Path,
+        at: str = "",
+        fail: Callable[[], object] = lambda: None,
+        *,
+        once: bool = True,
     ):
-        self._folder, self._fail, self._when = str(folder), fail, when
+        self._folder, self._at, self._fail, self._once = str(folder), at, fail, once
         self.seen: list[str] = []
+        self.reached = False
 
     @contextlib.contextmanager
     def injected(self) -> Iterator[None]:
@@ -55,37 +67,48 @@ class Faults:
 
     def _failing(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def operation(*args: Any, **kwargs: Any) -> Any:
-            target = args[0] if args else None
-            if self._ours(target, kwargs):
-                self._count(f"{name} {target}")
+            path = self._path(args[0] if args else None, kwargs.get("dir_fd"))
+            if path is None:
+                return original(*args, **kwargs)
+            self.count(name, path)
+            if name == "fsync":  # it takes long, and no power is lost here
+                return None
             result = original(*args, **kwargs)
-            if name == "open" and isinstance(result, io.IOBase) and result.writable():
-                return _File(result, self) if self._ours(target, kwargs) else result
+            if isinstance(result, io.IOBase) and result.writable():
+                return _File(result, path, self)
             return result
 
         return operation
 
-    def _ours(self, target: Any, kwargs: dict[str, Any]) -> bool:
-        if isinstance(target, int):  # a descriptor, or a name in an open folder
-            return os.readlink(f"/proc/self/fd/{target}").startswith(self._folder)
-        if kwargs.get("dir_fd") is not None:
-            return self._ours(kwargs["dir_fd"], {})
-        return isinstance(target, str | os.PathLike) and os.fspath(target).startswith(self._folder)
+    def _path(self, target: Any, folder: int | None) -> str | None:
+        """What an operation is on, relative to the folder; None if it is elsewhere."""
+        if isinstance(target, int):
+            target = os.readlink(f"/proc/self/fd/{target}")
+        elif folder is not None:
+            target = f"{os.readlink(f'/proc/self/fd/{folder}')}/{target}"
+        if not isinstance(target, str | os.PathLike):
+            return None
+        path = os.fspath(target)
+        return path.removeprefix(self._folder) if path.startswith(self._folder) else None
 
-    def _count(self, what: str) -> None:
+    def count(self, name: str, path: str) -> None:
+        """Takes note of an operation, and lets it fail if its turn has come."""
+        what = f"{name} {re.sub('[0-9a-f]{32}', '*', path)}"
+        what += f" {sum(seen.startswith(f'{what} ') for seen in self.seen)}"
         self.seen.append(what)
-        if self._when(len(self.seen) - 1):
-            self._fail(what)
+        if what == self._at or (self.reached and not self._once):
+            self.reached = True
+            self._fail()
 
 
 class _File:
     """A file whose writes are counted."""
 
-    def __init__(self, file: io.IOBase, faults: Faults):
-        self._file, self._faults = file, faults
+    def __init__(self, file: Any, path: str, faults: Faults):
+        self._file, self._path, self._faults = file, path, faults
 
-    def write(self, data: Any) -> int:
-        self._faults._count(f"write to {self._file.name}")
+    def write(self, data: Any) -> Any:
+        self._faults.count("write", self._path)
         return self._file.write(data)
 
     def __getattr__(self, name: str) -> Any:

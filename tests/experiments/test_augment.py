@@ -103,6 +103,19 @@ def test_epoch_order_takes_distinct_examples(n, batch_size, seed, epoch):
     np.testing.assert_array_equal(order, epoch_order(n, batch_size, seed, epoch))
 
 
+def test_batches_are_laid_out_by_label_and_otherwise_the_same():
+    labels = np.arange(50) * 7 % 4
+    plain = epoch_order(50, 12, seed=3, epoch=1)
+    laid_out = epoch_order(50, 12, seed=3, epoch=1, labels=labels)
+    assert laid_out.dtype == np.int32
+    for before, after in zip(plain, laid_out, strict=True):
+        expected = sorted(before, key=lambda i: labels[i])  # stable
+        np.testing.assert_array_equal(after, expected)
+        assert not np.array_equal(after, before)
+    with pytest.raises(DataError, match=r"labels must have the shape \(50,\); got \(49,\)"):
+        epoch_order(50, 12, seed=3, epoch=1, labels=labels[:49])
+
+
 def test_epoch_order_depends_on_seed_and_epoch_only():
     orders = {epoch_order(100, 10, s, e).tobytes() for s in range(5) for e in range(5)}
     assert len(orders) == 25

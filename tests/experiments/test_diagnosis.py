@@ -5,8 +5,9 @@ import signal
 
 import pytest
 
-from experiments import cli, diagnosis
+from experiments import cli
 from experiments.finetune import FinetuneConfig, main
+from experiments.runs import diagnosis
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion", "own_folder", "tiny_vgg")
 

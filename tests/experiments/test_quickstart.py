@@ -24,5 +24,5 @@ def test_the_notebook_runs(monkeypatch):
     pictures = [o for o in outputs if "image/png" in o.get("data", {})]
     assert len(pictures) == 4
     text = "".join(o.get("text", "") for o in outputs)
-    assert "stages/0/1/conv" in text
+    assert "features/layers/3" in text
     assert "FQT1 ends" in text

@@ -10,11 +10,11 @@ import pytest
 
 from experiments.cli import UserError
 from experiments.finetune import FinetuneConfig
-from experiments.formats import Table
 from experiments.report import ReportConfig, main
-from experiments.report_runs import group, read
-from experiments.sweep import Group, Store, collect
-from experiments.sweep_tables import publish
+from experiments.reports.runs import group, read
+from experiments.show.formats import Table
+from experiments.sweeps.sweep import Group, Store, collect
+from experiments.sweeps.tables import publish
 
 
 def write_run(folder: pathlib.Path, test: float | None = 0.9, **options) -> pathlib.Path:

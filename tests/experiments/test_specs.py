@@ -5,7 +5,7 @@ import pytest
 
 from experiments.cli import UserError
 from experiments.finetune import FinetuneConfig
-from experiments.specs import _OPTIONS, parse
+from experiments.sweeps.specs import _OPTIONS, parse
 
 
 def test_values_have_the_types_of_the_options():

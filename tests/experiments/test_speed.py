@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import machine, speed, speed_layers, speed_report
-from experiments.cli import UserError
-from experiments.contenders import (
+from experiments import speed
+from experiments.bench import layers as speed_layers
+from experiments.bench import machine
+from experiments.bench import report as speed_report
+from experiments.bench.contenders import (
     PHASES,
     JaxContender,
     Roster,
@@ -19,7 +21,8 @@ from experiments.contenders import (
     resolve_implementations,
     step_products,
 )
-from experiments.speed_steps import compare, measure_rss, measure_steps, summarize
+from experiments.bench.steps import compare, measure_rss, measure_steps, summarize
+from experiments.cli import UserError
 from fqt_jax.kernels.contract import UnsupportedError
 from fqt_jax.recipe import FQT1, FULL_PRECISION
 
@@ -54,7 +57,7 @@ class Fake:
 
 
 def test_contenders_take_turns_and_a_missing_phase_is_left_out(monkeypatch):
-    monkeypatch.setattr("experiments.speed_steps._SETTLE", 0.0)
+    monkeypatch.setattr("experiments.bench.steps._SETTLE", 0.0)
     whole, bare = Fake("jax"), Fake("other", ())
     result = measure_steps(TINY, [whole, bare], warmup=2, repeats=3)
     assert whole.ran[0] == "build"
@@ -73,7 +76,7 @@ def run_of(result):
 
 
 def test_a_contender_whose_kernels_decline_is_left_out_with_the_reason(monkeypatch):
-    monkeypatch.setattr("experiments.speed_steps._SETTLE", 0.0)
+    monkeypatch.setattr("experiments.bench.steps._SETTLE", 0.0)
 
     def decline():
         raise UnsupportedError("no implementation serves this product")
@@ -137,16 +140,17 @@ def test_peak_memory_covers_the_steps():
 
 def test_layer_shapes_and_products_of_a_step():
     layers = layers_of(Setting("resnet18", 0.125, 4, 16))
-    assert [x.path for x in layers[:3]] == ["stem", "blocks/0/conv1", "blocks/0/conv2"]
+    first = ["stem/layers/0", "blocks/0/body/layers/1", "blocks/0/body/layers/4"]
+    assert [x.path for x in layers[:3]] == first
     assert layers[-1].path == "head"
-    strided = next(x for x in layers if x.path == "blocks/2/conv1")
+    strided = next(x for x in layers if x.path == "blocks/2/body/layers/1")
     assert (strided.input, strided.output) == ((4, 16, 16, 8), (4, 8, 8, 16))
     assert strided.products == 4 * 8 * 8 * 16 * 9 * 8
     assert kept_fractions(strided, FQT1) == (0.25, 0.25)
     assert kept_fractions(strided, FULL_PRECISION) == (1.0, 1.0)
     first, second = layers[:2]
     assert step_products(layers[:2], {}) == 2 * first.products + 3 * second.products
-    mixed = step_products(layers[:2], {"blocks/0/conv1": FQT1})
+    mixed = step_products(layers[:2], {"blocks/0/body/layers/1": FQT1})
     assert mixed == 2 * first.products + 1.5 * second.products
 
 
@@ -222,7 +226,7 @@ def test_a_mismatch_is_the_exit_status(monkeypatch, capsys):
 
 
 def test_the_report_round_trips_and_draws(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("experiments.speed_steps._SETTLE", 0.0)
+    monkeypatch.setattr("experiments.bench.steps._SETTLE", 0.0)
 
     def in_process(request):
         if request["kind"] == "rss":
@@ -306,7 +310,7 @@ def test_an_unwritable_path_is_found_before_measuring(monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", ["vgg16", "resnet18"])
 def test_the_torch_model_has_as_many_parameters(name):
     pytest.importorskip("torch")
-    from experiments.speed_torch import create_torch_model
+    from experiments.bench.torch_steps import create_torch_model
 
     setting = Setting(name, 1.0, 1, 32)
 
@@ -320,7 +324,7 @@ def test_the_torch_model_has_as_many_parameters(name):
 @pytest.mark.parametrize(("name", "size"), [("vgg_small", 17), ("resnet18", 16), ("resnet18", 97)])
 def test_the_torch_model_computes_the_same(name, size):
     torch = pytest.importorskip("torch")
-    from experiments.speed_torch import create_torch_model
+    from experiments.bench.torch_steps import create_torch_model
 
     setting = Setting(name, 0.125, 2, size)
     model = setting.create_model()

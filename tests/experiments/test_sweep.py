@@ -10,11 +10,12 @@ import pytest
 
 from experiments.cli import UserError
 from experiments.finetune import FinetuneConfig
-from experiments.formats import Estimate, Table
-from experiments.specs import parse
-from experiments.sweep import Group, Store, SweepConfig, best_rate, collect, parse_all, plan
-from experiments.sweep_plots import Row, plot_curves, plot_intervals
-from experiments.sweep_tables import accuracy, differences
+from experiments.show.formats import Estimate, Table
+from experiments.sweeps.plots import Row, plot_curves, plot_intervals
+from experiments.sweeps.run import run_groups
+from experiments.sweeps.specs import parse
+from experiments.sweeps.sweep import Group, Store, SweepConfig, best_rate, collect, parse_all, plan
+from experiments.sweeps.tables import accuracy, differences
 from experiments.tables import mean_gain
 
 
@@ -129,12 +130,32 @@ def test_failures_are_tried_again_unless_they_diverged(tmp_path):
     assert store.settled(cell)
 
 
-def test_a_damaged_summary_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("summary.json", "{"),
+        ("summary.json", "[]"),
+        ("summary.json", "{}"),
+        ("summary.json", '{"validation_accuracy": "high"}'),
+        ("failure.json", ""),
+        ("failure.json", '{"error": "it failed"}'),
+        ("metrics.jsonl", '{"epoch": 1'),
+        ("metrics.jsonl", "1"),
+        ("metrics.jsonl", None),
+    ],
+)
+def test_a_damaged_file_of_a_cell_is_named_before_anything_runs(name, text, tmp_path):
     store, cell = Store(tmp_path), group().cell(0)
     finish(store, cell)
-    (store.folder(cell) / "summary.json").write_text("{")
-    with pytest.raises(UserError, match=r"summary\.json is damaged: remove its folder"):
-        collect(group(), store)
+    store.check(cell)
+    path = store.folder(cell) / name
+    path.unlink(missing_ok=True) if text is None else path.write_text(text)
+    message = rf"{path} is damaged: remove its folder to run that cell again\.$"
+    with pytest.raises(UserError, match=message):
+        store.check(cell)
+    with pytest.raises(UserError, match=message):
+        run_groups([group()], tmp_path, 1)
+    assert not (tmp_path / "logs").exists()
 
 
 def results(tmp_path, *accuracies):

@@ -8,16 +8,21 @@ import pathlib
 import signal
 import sys
 import threading
+import time
 
 import pytest
 
-from experiments import finetune, process, runner, sweep_run, sweep_worker
+from experiments import finetune, process
 from experiments.ablate import STUDIES, AblateConfig
 from experiments.ablate import main as ablate
+from experiments.cli import UserError
 from experiments.finetune import FinetuneConfig
-from experiments.specs import parse
-from experiments.sweep import Group, Store, collect
-from experiments.sweep_run import run_groups
+from experiments.runs import locks, runner
+from experiments.sweeps import run as sweep_run
+from experiments.sweeps import worker as sweep_worker
+from experiments.sweeps.run import run_groups
+from experiments.sweeps.specs import parse
+from experiments.sweeps.sweep import Group, Store, collect
 from experiments.tables import TablesConfig
 from experiments.tables import main as tables
 
@@ -92,23 +97,54 @@ def test_a_worker_that_does_not_start_fails_its_group_alone(act, monkeypatch, tm
     assert all("ended with 3" in error for error in result.failures.values())
 
 
-def test_an_interrupted_sweep_stops_its_workers_and_goes_on_later(act):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_sweep_stops_its_workers_and_goes_on_later(number, status, act):
     act(group(), 0.5, "wait", 0.75)
 
     def interrupt() -> None:
         while not pathlib.Path("waiting").exists():
             event.wait(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
     event = threading.Event()
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(process.Interrupted, match="the same command continues the sweep in out"):
         run_groups([group()], pathlib.Path("out"), 2)
+    assert process.status_of_stop() == status
     thread.join()
     result = collect(group(), Store(pathlib.Path("out")))
     assert result.values("test_accuracy") == [0.5]
     assert set(result.failures.values()) == {"did not run"}
+    act(group(), 0.5, 0.625, 0.75)
+    (result,) = run_groups([group()], pathlib.Path("out"), 2)
+    assert result.values("test_accuracy") == [0.5, 0.625, 0.75]
+
+
+def test_a_sweep_that_is_running_is_not_run_again(act):
+    act(group(), 0.5, 0.5, 0.5)
+    pathlib.Path("out").mkdir()
+    message = "out is in use by another process"
+    with locks.locked(pathlib.Path("out")), pytest.raises(UserError, match=message):
+        run_groups([group()], pathlib.Path("out"), 1)
+    assert not pathlib.Path("out/cells").exists()
+
+
+def test_an_error_of_one_group_stops_the_others(act, monkeypatch):
+    act(group(), "wait", 0.5, 0.5)
+    other = group(epochs=2)
+    run = sweep_run._Sweep.run
+
+    def failing(self, group):
+        if group == other:
+            while not pathlib.Path("waiting").exists():
+                time.sleep(0.01)
+            raise OSError("no space")
+        run(self, group)
+
+    monkeypatch.setattr(sweep_run._Sweep, "run", failing)
+    with pytest.raises(OSError, match="no space"):
+        run_groups([group(), other], pathlib.Path("out"), 2)
 
 
 def test_an_ablation_draws_each_study_and_names_what_no_run_finished(act, capsys):

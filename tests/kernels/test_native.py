@@ -4,7 +4,9 @@ That they compute what the others do is for the suite that all implementations s
 """
 
 import dataclasses
+import functools
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -16,14 +18,21 @@ import numpy as np
 import pytest
 
 import fqt_jax as fqt
+from fqt_jax import kernels
 from fqt_jax.binarize import PackedBits
 from fqt_jax.kernels import native
 from fqt_jax.kernels.contract import Rounding, UnsupportedError, Window
+from fqt_jax.kernels.native import library
 from fqt_jax.pruning import Selection
 
 # Where there is a compiler, an extension that is missing is a failure.
 pytestmark = pytest.mark.skipif(
     native.unavailable() is not None and shutil.which("c++") is None, reason="no C++ compiler"
+)
+
+forward, input_grad, weight_grad = (
+    functools.partial(product, implementation="native")
+    for product in (kernels.forward, kernels.input_grad, kernels.weight_grad)
 )
 
 WINDOW = Window((3, 3), (1, 1), ((1, 1), (1, 1)))
@@ -52,9 +61,9 @@ def _products(rng, bits):
     x, w, g = _operands(rng)
     samples, channels = _selection(rng, 9, 6), _selection(rng, 70, 33)
     return [
-        native.forward(x, w, WINDOW),
-        native.input_grad(g, w, _rounding("samples", 6, bits, samples), WINDOW, (7, 7)),
-        native.weight_grad(g, x, _rounding("channels", 33, bits, samples, channels), WINDOW),
+        forward(x, w, WINDOW),
+        input_grad(g, w, _rounding("samples", 6, bits, samples), WINDOW, (7, 7)),
+        weight_grad(g, x, _rounding("channels", 33, bits, samples, channels), WINDOW),
     ]
 
 
@@ -93,9 +102,9 @@ def test_result_does_not_depend_on_threads():
         x, w, g = t._operands(rng, n=32, size=12, c=64, o=64)
         samples = t._selection(rng, 32, 20)
         results = [
-            t.native.forward(x, w, t.WINDOW),
-            t.native.input_grad(g, w, t._rounding("samples", 20, 4, samples), t.WINDOW, (12, 12)),
-            t.native.weight_grad(g, x, t._rounding("channels", 64, 4, samples), t.WINDOW),
+            t.forward(x, w, t.WINDOW),
+            t.input_grad(g, w, t._rounding("samples", 20, 4, samples), t.WINDOW, (12, 12)),
+            t.weight_grad(g, x, t._rounding("channels", 64, 4, samples), t.WINDOW),
         ]
         print(hashlib.sha256(b"".join(np.asarray(r).tobytes() for r in results)).hexdigest())
     """
@@ -106,9 +115,57 @@ def test_result_does_not_depend_on_threads():
 def test_an_instruction_set_can_be_forced():
     code = "from fqt_jax.kernels import _native, native; print(native.unavailable())"
     assert _run(code, FQT_JAX_ISA="portable").strip() == "None"
-    assert "no-such-set" in _run(code, FQT_JAX_ISA="no-such-set")
     chosen = "from fqt_jax.kernels import _native, native; print(_native.current_isa())"
     assert _run(chosen, FQT_JAX_ISA="portable").strip() == "portable"
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "fqt.implementations()",
+        "fqt.conv(jnp.ones((1, 2, 2, 4)), jnp.ones((1, 1, 4, 4)), recipe=fqt.QAT)",
+        "fqt.QuantConv(4, 4, 1, rngs=nnx.Rngs(0))",
+        "adam().update(jnp.ones(3), adam().init(jnp.ones(3)))",
+    ],
+)
+def test_an_instruction_set_that_does_not_run_is_refused_at_first_use(use):
+    code = f"""
+        import fqt_jax as fqt, jax.numpy as jnp
+        from flax import nnx
+        from fqt_jax.optimizers import scale_by_adam as adam
+        try:
+            {use}
+        except ValueError as error:
+            print(error)
+    """
+    allowed = ", ".join(_supported())
+    message = "FQT_JAX_ISA='no-such-set' names no instruction set that runs here; allowed are "
+    assert _run(code, FQT_JAX_ISA="no-such-set") == f"{message}{allowed}.\n"
+
+
+def test_an_experiment_shows_a_wrong_instruction_set_as_one_line(tmp_path):
+    command = [sys.executable, "-m", "experiments.finetune"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "FQT_JAX_ISA": "no-such-set"}
+    environment["PYTHONPATH"] = str(pathlib.Path(__file__).parents[2])
+    options = {"env": environment, "cwd": tmp_path, "capture_output": True, "text": True}
+    run = subprocess.run(command, check=False, **options)
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: FQT_JAX_ISA='no-such-set' names no instruction set")
+    assert run.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_instruction_set_without_the_extension_is_refused(monkeypatch):
+    monkeypatch.setenv("FQT_JAX_ISA", "avx2")
+    assert "cannot be used: it was not built" in library._select_isa("it was not built")
+    monkeypatch.delenv("FQT_JAX_ISA")
+    assert library._select_isa("it was not built") is None
+
+
+def _supported():
+    from fqt_jax.kernels import _native
+
+    return _native.supported_isas()
 
 
 def test_many_calls_in_flight_do_not_hang():
@@ -121,10 +178,10 @@ def test_many_calls_in_flight_do_not_hang():
         for i in range(12):  # none of them waits for another
             signs = PackedBits(words ^ jnp.uint32(i), x.shape)
             rounding = _rounding("channels", 64)
-            total.append(native.forward(signs, w, WINDOW).astype(jnp.float32).sum())
-            total.append(native.weight_grad(g + jnp.float32(i), signs, rounding, WINDOW).sum())
+            total.append(forward(signs, w, WINDOW).astype(jnp.float32).sum())
+            total.append(weight_grad(g + jnp.float32(i), signs, rounding, WINDOW).sum())
             rounding = _rounding("samples", 32)
-            dx = native.input_grad(g * jnp.float32(i), w, rounding, WINDOW, (8, 8))
+            dx = input_grad(g * jnp.float32(i), w, rounding, WINDOW, (8, 8))
             total.append(dx.sum())
         return jnp.stack(total)
 
@@ -135,11 +192,11 @@ def test_many_calls_in_flight_do_not_hang():
 
 def test_jit_and_vmap(rng):
     x, w, _ = _operands(rng, n=6)
-    expected = native.forward(x, w, WINDOW)
-    jitted = jax.jit(lambda words: native.forward(PackedBits(words, x.shape), w, WINDOW))
+    expected = forward(x, w, WINDOW)
+    jitted = jax.jit(lambda words: forward(PackedBits(words, x.shape), w, WINDOW))
     np.testing.assert_array_equal(jitted(x.words), expected)
     pairs = x.words.reshape(3, 2, -1)
-    mapped = jax.vmap(lambda words: native.forward(PackedBits(words, x.shape), w, WINDOW))(pairs)
+    mapped = jax.vmap(lambda words: forward(PackedBits(words, x.shape), w, WINDOW))(pairs)
     np.testing.assert_array_equal(mapped.reshape(expected.shape), expected)
 
 
@@ -174,22 +231,22 @@ def test_nan_reaches_the_result(rng):
     x, w, g = _operands(rng, n=4)
     rounding = _rounding("samples", 4)
     rounding = dataclasses.replace(rounding, lo=rounding.lo.at[2].set(jnp.nan))
-    dx = native.input_grad(g, w, rounding, WINDOW, (7, 7))
+    dx = input_grad(g, w, rounding, WINDOW, (7, 7))
     assert jnp.isnan(dx).all(axis=(1, 2, 3)).tolist() == [False, False, True, False]
     rounding = _rounding("channels", 70)
     ranges = rounding.value_range.at[69].set(jnp.nan)
-    dw = native.weight_grad(g, x, dataclasses.replace(rounding, value_range=ranges), WINDOW)
+    dw = weight_grad(g, x, dataclasses.replace(rounding, value_range=ranges), WINDOW)
     assert jnp.isnan(dw).all(axis=(0, 1, 2)).tolist() == [False] * 69 + [True]
 
 
 def test_declines_what_it_does_not_serve(rng):
     x, w, g = _operands(rng, n=3)
     with pytest.raises(UnsupportedError, match="float gradients"):
-        native.input_grad(g, w, None, WINDOW, (7, 7))
+        input_grad(g, w, None, WINDOW, (7, 7))
     with pytest.raises(UnsupportedError, match="float gradients"):
-        native.weight_grad(g, x, None, WINDOW)
+        weight_grad(g, x, None, WINDOW)
     with pytest.raises(UnsupportedError, match="inside the sum"):
-        native.weight_grad(g, x, _rounding("samples", 3), WINDOW)
+        weight_grad(g, x, _rounding("samples", 3), WINDOW)
 
 
 SIZES = np.array([7, 7, 37, 70, 3, 3, 1, 1, 1, 1, 1, 1], np.int64)
@@ -245,35 +302,31 @@ def test_bad_selections_are_errors(rng, indices, message):
     x, w, g = _operands(rng, n=4)
     samples = Selection(jnp.array(indices, jnp.int32), jnp.ones(2, jnp.float32), 4)
     with pytest.raises(Exception, match=message):
-        jax.block_until_ready(
-            native.input_grad(g, w, _rounding("samples", 2, 4, samples), WINDOW, (7, 7))
-        )
+        jax.block_until_ready(input_grad(g, w, _rounding("samples", 2, 4, samples), WINDOW, (7, 7)))
     with pytest.raises(Exception, match=message):
-        jax.block_until_ready(
-            native.weight_grad(g, x, _rounding("channels", 70, 4, samples), WINDOW)
-        )
+        jax.block_until_ready(weight_grad(g, x, _rounding("channels", 70, 4, samples), WINDOW))
 
 
 def test_empty_operands(rng):
     x, w, g = _operands(rng, n=0)
-    assert native.forward(x, w, WINDOW).shape == (0, 7, 7, 70)
-    assert native.input_grad(g, w, _rounding("samples", 0), WINDOW, (7, 7)).shape == (0, 7, 7, 37)
-    dw = native.weight_grad(g, x, _rounding("channels", 70), WINDOW)
+    assert forward(x, w, WINDOW).shape == (0, 7, 7, 70)
+    assert input_grad(g, w, _rounding("samples", 0), WINDOW, (7, 7)).shape == (0, 7, 7, 37)
+    dw = weight_grad(g, x, _rounding("channels", 70), WINDOW)
     np.testing.assert_array_equal(dw, np.zeros((3, 3, 37, 70), np.float32))
 
 
 @pytest.mark.parametrize("newer", [(1, 0), (0, 1)])
 def test_an_extension_of_a_newer_interface_is_refused(monkeypatch, newer):
-    major, minor = native._installed_ffi_version()
+    major, minor = library._installed_ffi_version()
     import fqt_jax.kernels._native as extension
 
     monkeypatch.setattr(extension, "ffi_version", lambda: (major + newer[0], minor + newer[1]))
     registered = []
     monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *args, **_: registered.append(args))
-    assert "install fqt_jax again" in native._load()
+    assert "install fqt_jax again" in library._load()
     assert not registered
     monkeypatch.setattr(extension, "ffi_version", lambda: (major, max(0, minor - 1)))
-    assert native._load() is None
+    assert library._load() is None
     assert registered
 
 
@@ -281,7 +334,7 @@ def test_an_extension_of_older_sources_is_refused(monkeypatch):
     import fqt_jax.kernels._native as extension
 
     registrations = extension.registrations()
-    assert set(registrations) == native._KERNELS
+    assert set(registrations) == library._KERNELS
     registrations.pop("fqt_jax_adam")
     monkeypatch.setattr(extension, "registrations", lambda: registrations)
-    assert "built from older sources" in native._load()
+    assert "built from older sources" in library._load()

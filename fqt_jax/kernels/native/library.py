@@ -50,13 +50,6 @@ def _load() -> str | None:
             "the extension was built for version {}.{} of XLA's foreign function interface, and "
             "the installed jaxlib has {}.{}: install fqt_jax again".format(*built, *here)
         )
-    isa = os.environ.get("FQT_JAX_ISA")
-    if isa:
-        try:
-            _native.select_isa(isa)
-        except ValueError as error:
-            supported = ", ".join(_native.supported_isas())
-            return f"FQT_JAX_ISA: {error}; it runs {supported}"
     for name, capsule in registrations.items():
         jax.ffi.register_ffi_target(name, capsule, platform="cpu")
     return None
@@ -69,11 +62,38 @@ def _installed_ffi_version() -> tuple[int, int]:
     return int(found["MAJOR"]), int(found["MINOR"])
 
 
+def _select_isa(load_error: str | None) -> str | None:
+    """Chooses the instruction set that ``FQT_JAX_ISA`` names; returns why that cannot be."""
+    isa = os.environ.get("FQT_JAX_ISA")
+    if not isa:
+        return None
+    if load_error is not None:
+        return f"FQT_JAX_ISA={isa!r} is for the native kernels, which cannot be used: {load_error}."
+    from fqt_jax.kernels import _native
+
+    supported = _native.supported_isas()
+    if isa not in supported:
+        return (
+            f"FQT_JAX_ISA={isa!r} names no instruction set that runs here; allowed are "
+            f"{', '.join(supported)}."
+        )
+    _native.select_isa(isa)
+    return None
+
+
 _LOAD_ERROR = _load()
+_ISA_ERROR = _select_isa(_LOAD_ERROR)
 
 
 def unavailable() -> str | None:
-    """Why the kernels cannot be used; ``None`` when they can."""
+    """Why the kernels cannot be used; ``None`` when they can.
+
+    Raises:
+      ValueError: ``FQT_JAX_ISA`` asks for what cannot be. Not at import: an entry point could not
+        show the error as one line.
+    """
+    if _ISA_ERROR is not None:
+        raise ValueError(_ISA_ERROR)
     return _LOAD_ERROR
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 
 from experiments.cli import UserError
-from experiments.config import RunConfig
-from experiments.tasks import Task
+from experiments.runs.config import RunConfig
+from experiments.runs.tasks import Task
 
 
 def summarize(

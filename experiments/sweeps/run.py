@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
 
-from experiments.locks import locked
 from experiments.process import STOPPED, Interrupted, StopOnSignal, if_stopped
-from experiments.sweep import Group, Result, Store, collect, plan
+from experiments.runs.locks import locked
+from experiments.sweeps.sweep import Group, Result, Store, collect, plan
 
 
 def run_groups(groups: Sequence[Group], root: pathlib.Path, jobs: int) -> list[Result]:
@@ -68,7 +68,7 @@ def run_groups(groups: Sequence[Group], root: pathlib.Path, jobs: int) -> list[R
 _POLL = 0.2
 """Seconds between looks for a signal."""
 
-_WORKER = (sys.executable, "-m", "experiments.sweep_worker")
+_WORKER = (sys.executable, "-m", "experiments.sweeps.worker")
 
 
 class _Sweep:

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.formats import Estimate, Table
-from experiments.sweep import Result
+from experiments.show.formats import Estimate, Table
+from experiments.sweeps.sweep import Result
 
 
 def accuracy(result: Result) -> Estimate:

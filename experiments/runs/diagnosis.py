@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.config import RunConfig
 from experiments.data import Dataset
 from experiments.data.augment import normalize
-from experiments.gradient_pictures import plot_time
+from experiments.runs.config import RunConfig
+from experiments.show.gradients import plot_time
 from fqt_jax import diagnostics
 from fqt_jax.training import TrainState
 from fqt_jax.tree import leaf_name

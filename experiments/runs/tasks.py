@@ -7,8 +7,8 @@ import pathlib
 
 from flax import nnx
 
-from experiments.config import RunConfig
 from experiments.data import Dataset, load
+from experiments.runs.config import RunConfig
 from fqt_jax.checkpoints import load_parameters
 from fqt_jax.convert import ConversionTable, quantize
 from fqt_jax.kernels import check_implementation

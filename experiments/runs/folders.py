@@ -13,9 +13,10 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
-from experiments import locks, process
+from experiments import process
 from experiments.cli import UserError
-from experiments.config import RunConfig
+from experiments.runs import locks
+from experiments.runs.config import RunConfig
 from fqt_jax.checkpoints import latest_checkpoint
 
 _CONFIG = "config.json"

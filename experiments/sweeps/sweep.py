@@ -19,11 +19,11 @@ from statistics import fmean
 from typing import Any
 
 from experiments.cli import UserError
-from experiments.config import config_from_json
 from experiments.data import DATASETS, embedded
 from experiments.finetune import FinetuneConfig
-from experiments.folders import write_json
-from experiments.specs import Axis, Spec, parse
+from experiments.runs.config import config_from_json
+from experiments.runs.folders import write_json
+from experiments.sweeps.specs import Axis, Spec, parse
 from fqt_jax.kernels import check_implementation
 
 _EXTENSIONS = 2

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.gradient_pictures import time_figure
-from experiments.report_runs import Group
-from experiments.sweep_plots import COLORS
+from experiments.reports.runs import Group
+from experiments.show.gradients import time_figure
+from experiments.sweeps.plots import COLORS
 
 _INK = "#010203"
 """Stands for the page's colour of text while matplotlib draws."""

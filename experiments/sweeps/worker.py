@@ -1,6 +1,6 @@
 """One group of a sweep in a process of its own.
 
-    python -m experiments.sweep_worker REQUEST
+    python -m experiments.sweeps.worker REQUEST
 
 reads a group from the file REQUEST, runs its cells in order, and reports each as a line of JSON on
 the standard output. Everything else goes to the standard error.
@@ -16,9 +16,10 @@ import sys
 import traceback
 from typing import Any, TextIO
 
-from experiments import finetune, folders, locks, process, runner, tasks
+from experiments import finetune, process
 from experiments.data import Dataset
-from experiments.sweep import Cell, Group, Store, plan
+from experiments.runs import folders, locks, runner, tasks
+from experiments.sweeps.sweep import Cell, Group, Store, plan
 
 _SAVE_SECONDS = 60.0
 """A cell that takes less is run again rather than continued."""

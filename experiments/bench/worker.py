@@ -1,6 +1,6 @@
 """One measurement of experiments.speed in a process of its own, with its own number of threads.
 
-    python -m experiments.speed_worker REQUEST RESULT
+    python -m experiments.bench.worker REQUEST RESULT
 
 reads what to measure from the file REQUEST and writes what came out to the file RESULT, both JSON.
 """
@@ -12,7 +12,8 @@ import pathlib
 import sys
 from typing import Any
 
-from experiments import machine, process
+from experiments import process
+from experiments.bench import machine
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.contenders import PHASES, Setting
+from experiments.bench.contenders import PHASES, Setting
 
 _STEP_LEGEND = """\
 forward          training-mode forward pass to the loss, keeping nothing, ms

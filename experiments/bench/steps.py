@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from experiments import machine
+from experiments.bench import machine
+from experiments.bench.contenders import PHASES, Contender, Setting
 from experiments.cli import UserError
-from experiments.contenders import PHASES, Contender, Setting
 from fqt_jax.kernels.contract import UnsupportedError
 
 _SETTLE = 0.05

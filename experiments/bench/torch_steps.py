@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from experiments import machine
-from experiments.contenders import LEARNING_RATE, Setting, layers_of, step_products
+from experiments.bench import machine
+from experiments.bench.contenders import LEARNING_RATE, Setting, layers_of, step_products
 from fqt_jax.models.common import scaled
 
 VGG_STAGES: dict[str, Sequence[Sequence[int]]] = {
@@ -29,13 +29,13 @@ def missing() -> str | None:
 
 
 class TorchContender:
-    """A PyTorch training step; see :class:`experiments.contenders.Contender`."""
+    """A PyTorch training step; see :class:`experiments.bench.contenders.Contender`."""
 
     def __init__(self, name: str):
         self.name = name
 
     def build(self, setting: Setting) -> None:
-        """See :class:`experiments.contenders.Contender`."""
+        """See :class:`experiments.bench.contenders.Contender`."""
         import torch
 
         torch.set_num_threads(machine.available_cpus())
@@ -51,12 +51,12 @@ class TorchContender:
         self._loss = torch.nn.CrossEntropyLoss()
 
     def step(self) -> None:
-        """See :class:`experiments.contenders.Contender`."""
+        """See :class:`experiments.bench.contenders.Contender`."""
         self._forward_backward()
         self._optimizer.step()
 
     def phases(self) -> dict[str, Callable[[], None]]:
-        """See :class:`experiments.contenders.Contender`."""
+        """See :class:`experiments.bench.contenders.Contender`."""
         return {
             "forward": self._forward,
             "forward_backward": self._forward_backward,
@@ -76,7 +76,7 @@ class TorchContender:
         loss.item()
 
     def details(self) -> dict[str, Any]:
-        """See :class:`experiments.contenders.Contender`."""
+        """See :class:`experiments.bench.contenders.Contender`."""
         return {"products": self._products, "memory": None}
 
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.config import RunConfig
 from experiments.data import Dataset, Split
 from experiments.data.augment import augment, normalize
+from experiments.runs.config import RunConfig
 from fqt_jax.steps import GatheredEvalStep, GatheredTrainStep
 from fqt_jax.training import (
     CrossEntropy,

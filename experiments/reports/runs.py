@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from experiments.cli import UserError
-from experiments.config import RECIPE_PARTS, RunConfig
-from experiments.formats import Estimate, Table
-from experiments.sweep import Group as SweepGroup
-from experiments.sweep import Store
+from experiments.runs.config import RECIPE_PARTS, RunConfig
+from experiments.show.formats import Estimate, Table
+from experiments.sweeps.sweep import Group as SweepGroup
+from experiments.sweeps.sweep import Store
 from fqt_jax.recipe import RECIPES
 
 _NOT_COMPARED = ("seed", "pretrain_seed", "cache", "data_dir", "diagnose")

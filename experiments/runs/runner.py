@@ -16,17 +16,24 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments import reporting
 from experiments.cli import UserError
-from experiments.config import RunConfig
 from experiments.data import epoch_order
-from experiments.diagnosis import Diagnosis
-from experiments.folders import write_json, write_text
 from experiments.process import Interrupted, StopOnSignal
-from experiments.run_checkpoints import RunCheckpoints
-from experiments.steps import METRICS, Data, build_eval_step, build_train_step, evaluate, on_device
-from experiments.summaries import read_summary, summarize
-from experiments.tasks import Task, augmentation
+from experiments.runs import reporting
+from experiments.runs.checkpoints import RunCheckpoints
+from experiments.runs.config import RunConfig
+from experiments.runs.diagnosis import Diagnosis
+from experiments.runs.folders import write_json, write_text
+from experiments.runs.steps import (
+    METRICS,
+    Data,
+    build_eval_step,
+    build_train_step,
+    evaluate,
+    on_device,
+)
+from experiments.runs.summaries import read_summary, summarize
+from experiments.runs.tasks import Task, augmentation
 from fqt_jax.checkpoints import nonfinite_arrays, read_metadata, restore_checkpoint
 from fqt_jax.steps import GatheredEvalStep, GatheredTrainStep
 from fqt_jax.training import create_state, reset_metrics

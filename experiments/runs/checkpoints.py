@@ -59,11 +59,14 @@ class RunCheckpoints:
                 _remove(path)
             save_checkpoint(path, state, metadata)
             self._whole = [*self._whole[-1:], path]
-        # Others: older and damaged ones, and what is left of saves that were killed.
+        with contextlib.suppress(OSError):  # what is left does no harm, and goes at the next save
+            self._remove_others()
+
+    def _remove_others(self) -> None:
+        """Removes older and damaged ones, and what is left of saves that were killed."""
         for other in self.folder.iterdir():
             if re.fullmatch(r"step_\d+(\.\w+)*", other.name) and other not in self._whole:
-                with contextlib.suppress(OSError):  # it does no harm, and the next save tries again
-                    _remove(other)
+                _remove(other)
 
 
 def _remove(path: pathlib.Path) -> None:

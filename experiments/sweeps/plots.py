@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.formats import Estimate
-from experiments.sweep import Result
+from experiments.show.formats import Estimate
+from experiments.sweeps.sweep import Result
 
 COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")
 """Paul Tol's bright scheme: told apart by colour-blind readers and in print."""

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import machine
-from experiments.contenders import LayerShape, Setting, layers_of
-from experiments.speed_steps import say, summarize, timed
+from experiments.bench import machine
+from experiments.bench.contenders import LayerShape, Setting, layers_of
+from experiments.bench.steps import say, summarize, timed
 from fqt_jax import kernels
 from fqt_jax.binarize import PackedBits
 from fqt_jax.convert import quantize

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 from flax import nnx
 
-from experiments.config import RunConfig
 from experiments.data import Dataset, epoch_order
-from experiments.steps import METRICS, build_train_step, on_device
+from experiments.runs.config import RunConfig
+from experiments.runs.steps import METRICS, build_train_step, on_device
 from fqt_jax.training import TrainState, create_state, reset_metrics
 
 

@@ -54,7 +54,7 @@ class Setting:
 
     @property
     def stem(self) -> str:
-        """A ResNet's stem, as in :class:`experiments.config.RunConfig`."""
+        """A ResNet's stem, as in :class:`experiments.runs.config.RunConfig`."""
         return "imagenet" if self.image_size >= 96 else "small"
 
     @property
@@ -299,7 +299,7 @@ class Roster:
     def __init__(
         self, recipes: Sequence[str], implementations: Sequence[str], chosen: Sequence[str]
     ):
-        from experiments.speed_torch import TorchContender, missing
+        from experiments.bench.torch_steps import TorchContender, missing
 
         everything: dict[str, Contender] = {"torch": TorchContender("torch")}
         everything["jax"] = JaxContender("jax", None)

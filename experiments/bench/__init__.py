@@ -1,0 +1,1 @@
+"""Speed and memory: contenders, timing in processes of their own, reports."""

@@ -1,0 +1,1 @@
+"""One page from any set of runs."""

@@ -1,0 +1,1 @@
+"""One training run: its options, data and model, folder, checkpoints and summary."""

@@ -1,0 +1,1 @@
+"""What is shown: numbers as text, tables, one style of pictures."""
