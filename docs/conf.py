@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Iterator
 from typing import Any
 
+import latex2mathml.converter
 import sphinx.util.inspect
 from docutils import nodes
 from flax import nnx
@@ -26,17 +27,20 @@ sys.path.insert(0, str(HERE.parent))
 PACKAGE = "fqt_jax"
 
 project = PACKAGE
-author = "the fqt_jax maintainers"
+author = copyright = "the fqt_jax maintainers"
 release = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]["version"]
 
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
     "sphinx_copybutton",
 ]
 html_theme = "furo"
 html_title = f"{PACKAGE} {release}"
+html_static_path = ["_static"]
+html_css_files = ["math.css"]
+html_math_renderer = "mathml"
+highlight_language = "none"
 nitpicky = True
 
 myst_enable_extensions = ["dollarmath"]
@@ -44,6 +48,7 @@ myst_fence_as_directive = ["math"]
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
 # As lists: as fields, several names of one line would be read as a type and a name.
@@ -111,9 +116,20 @@ def exports(package: str) -> list[str]:
     return [f"{package}.{name}" for name in re.findall(r"import (\w+) as \1$", source, re.M)]
 
 
-def readable_math(app: Sphinx, name: str, source: list[str]) -> None:
-    """Math between dollars and backticks, as Git hosts write it, becomes MyST's."""
-    source[0] = re.sub(r"\$`(.+?)`\$", r"{math}`\1`", source[0], flags=re.S)
+def typeset(app: Sphinx, name: str, source: list[str]) -> None:
+    """What Git hosts write otherwise than MyST, and numbers that must not be torn apart."""
+    math = re.sub(r"\$`(.+?)`\$", r"{math}`\1`", source[0], flags=re.S)
+    source[0] = re.sub(r"(?<=\d) ± (?=\d)", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}", math)
+
+
+def visit_math(self: Any, node: nodes.math | nodes.math_block) -> None:
+    """Math as MathML, which browsers show without a script from elsewhere."""
+    display = "block" if isinstance(node, nodes.math_block) else "inline"
+    latex = re.sub(r"\\mathrm\{(\w)\}", r"\\text{\1}", node.astext())  # it would become italic
+    math = latex2mathml.converter.convert(latex, display=display)
+    # The bars of a norm are as high as their letter, not as their line.
+    self.body.append(math.replace("<mo>&#x02016;", '<mo stretchy="false">&#x02016;'))
+    raise nodes.SkipNode
 
 
 def google_style(
@@ -198,8 +214,9 @@ def imported(name: str) -> Any:
 
 def setup(app: Sphinx) -> None:
     """Connects the functions above."""
+    app.add_html_math_renderer("mathml", (visit_math, None), (visit_math, None))
     app.connect("builder-inited", write_api_pages)
-    app.connect("source-read", readable_math)
+    app.connect("source-read", typeset)
     app.connect("autodoc-process-docstring", google_style)
     app.connect("autodoc-process-signature", module_signature)
     app.connect("autodoc-skip-member", skip_fields)

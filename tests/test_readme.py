@@ -107,6 +107,11 @@ def test_links_and_paths_lead_somewhere(page):
         assert (ROOT / path).exists(), path
 
 
+@every_page
+def test_no_line_is_taken_for_a_comment(page):
+    assert not re.search(r"^%", page.read_text(), re.M)  # MyST would leave it out
+
+
 def test_contributing_names_sources_that_exist():
     names = re.findall(r"`([\w.]+\.(?:cc|h|inc|txt))`", (ROOT / "docs/contributing.md").read_text())
     assert names
