@@ -470,7 +470,7 @@ def test_a_chains_gradient_is_fused_and_lowers_for_every_platform():
             exported(explicit, *leaves, platforms=TPU)
 
 
-@pytest.mark.parametrize("implementation", implementations("encode"))
+@pytest.mark.parametrize("implementation", [None, "xla"])
 def test_rematerialization_changes_nothing(implementation):
     x, w = jax.random.normal(jax.random.key(0), (4, 5, 5, 3)), jnp.linspace(-2, 2, 135)
     to = {"recipe": fqt.QAT, "implementation": implementation}
