@@ -89,31 +89,37 @@ class ChannelSums {
   const Buffer<double> sums_;
 };
 
-// Adds a row to the sums of s and s^2, where s >= 0 and where it is not.
+// Adds a row to the sums of 1, s and s^2 where S s + T >= 0, and where it is not; NaN is not.
 template <typename Source, typename Sum>
-void add_moments(const Source* __restrict s, int64_t positions, int64_t c, Sum* __restrict up,
-                 Sum* __restrict up2, Sum* __restrict down, Sum* __restrict down2) {
+void add_moments(const Source* __restrict s, int64_t positions, int64_t c,
+                 const float* __restrict slope, const float* __restrict offset,
+                 Sum* __restrict sums) {
+  Sum *up = sums, *up1 = up + c, *up2 = up1 + c, *down = up2 + c, *down1 = down + c,
+      *down2 = down1 + c;
   for (int64_t x = 0; x < positions; ++x, s += c) {
     for (int64_t k = 0; k < c; ++k) {
       const auto v = static_cast<Sum>(s[k]);
-      // NaN goes down.
-      const Sum high = v >= 0 ? v : 0, low = v >= 0 ? 0 : v;
-      up[k] += high;
+      // In floats, whatever is summed in: the kink is where it is everywhere else.
+      const bool is_up = slope[k] * static_cast<float>(s[k]) + offset[k] >= 0.0f;
+      const Sum one = is_up ? Sum{1} : Sum{0}, high = is_up ? v : 0, low = is_up ? 0 : v;
+      up[k] += one;
+      up1[k] += high;
       up2[k] += high * high;
-      down[k] += low;
+      down[k] += Sum{1} - one;
+      down1[k] += low;
       down2[k] += low * low;
     }
   }
 }
 
-// Means over samples and positions of s and s^2, where s >= 0 and where it is not; samples count
-// by their weights.
+// Means over samples and positions of 1, s and s^2 on either side of a kink; samples count by their
+// weights.
 template <typename Source>
 class Moments final : public PerGroup {
  public:
   explicit Moments(const MomentsArgs& args)
       : PerGroup(args.shape.n, samples_at_once(args.shape)), args_(args),
-        sums_(tasks(), 4, args.shape.c) {}
+        sums_(tasks(), 6, args.shape.c) {}
 
  private:
   void run_group(int64_t task, int64_t first, int64_t last) override {
@@ -125,11 +131,10 @@ class Moments final : public PerGroup {
   void sum_group(int64_t task, int64_t first, int64_t last) {
     const int64_t c = args_.shape.c, w = args_.shape.w, rows = args_.shape.h;
     ChannelSums::Strips<Sum> strips(sums_, task);
-    Sum* at = strips.data();
     const Source* s = static_cast<const Source*>(args_.s) + first * rows * w * c;
     for (int64_t n = first; n < last; ++n) {
       for (int64_t y = 0; y < rows; ++y, s += w * c) {
-        add_moments(s, w, c, at, at + c, at + 2 * c, at + 3 * c);
+        add_moments(s, w, c, args_.thresholds, args_.thresholds + c, strips.data());
         if (args_.weights == nullptr) {
           strips.advance(w);
         } else {

@@ -163,17 +163,21 @@ struct TransformCase {
   };
 
   std::vector<float> moments() const {
-    StripSums sums(4 * shape.c);
+    StripSums sums(6 * shape.c);
+    const float *slope = coefficients.data(), *offset = slope + shape.c;
     for (int64_t n = 0; n < shape.n; ++n) {
       for (int64_t y = 0; y < shape.h; ++y) {
         for (int64_t x = 0; x < shape.w; ++x) {
           for (int64_t k = 0; k < shape.c; ++k) {
             const float v = s(at(n, y, x, k));
-            const float high = v >= 0.0f ? v : 0.0f, low = v >= 0.0f ? 0.0f : v;
-            const float parts[] = {high, high * high, low, low * low};
+            const bool is_up = slope[k] * v + offset[k] >= 0.0f;
+            const float high = is_up ? v : 0.0f, low = is_up ? 0.0f : v;
+            const float one = is_up ? 1.0f : 0.0f, other = 1.0f - one;
+            const float parts[] = {one, high, high * high, other, low, low * low};
             const double wide[] = {high, low};
-            const double exact[] = {wide[0], wide[0] * wide[0], wide[1], wide[1] * wide[1]};
-            for (int64_t q = 0; q < 4; ++q) {
+            const double exact[] = {one,   wide[0], wide[0] * wide[0],
+                                    other, wide[1], wide[1] * wide[1]};
+            for (int64_t q = 0; q < 6; ++q) {
               sums.add(static_cast<size_t>(q * shape.c + k), parts[q], exact[q]);
             }
           }
@@ -298,7 +302,9 @@ bool check_transforms(uint64_t seed) {
     }
     expect(got_signs == signs && got_clip == clip && same(nan, expected_nan), "encode");
     out.assign(moments.size(), garbage);
-    run(kernels->moments({shape, c.source(), c.type, c.sample_weights(), out.data()}), c.random);
+    run(kernels->moments({shape, c.source(), c.type, c.coefficients.data(), c.sample_weights(),
+                          out.data()}),
+        c.random);
     expect(same(out, moments), "moments");
     out.assign(sums.size(), garbage);
     run(kernels->gradient_sums({c.args(), c.d.data(), c.kept(), out.data()}), c.random);
