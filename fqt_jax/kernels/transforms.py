@@ -210,7 +210,10 @@ def gradient(
 def encode_weights(
     w: jax.Array, *, implementation: str | None = None
 ) -> tuple[PackedBits, jax.Array]:
-    """Signs of ``float32[..., O]``, and the mean of ``|w|`` in each output channel, or zero."""
+    """Signs of ``float32[..., O]``, and the mean of ``|w|`` in each output channel.
+
+    The mean of no weights is zero.
+    """
     _check_weights(w)
     words = jax.ShapeDtypeStruct((-(-w.size // WORD_BITS),), jnp.uint32)
     signs = PackedBits(words, w.shape)  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from fqt_jax import kernels
 from fqt_jax.fused.parts import RESIDUAL_NAMES
 from fqt_jax.kernels import UnsupportedError, dispatch, native
 from fqt_jax.kernels.dispatch import Implementation, Kernel
+from fqt_jax.sharding import varying_axes
 from tests.kernels.operations import OPERATIONS, implementations, operands
 
 needs_native = pytest.mark.skipif(native.unavailable() is not None, reason="no extension")
@@ -327,6 +328,7 @@ def test_shards(operation, implementation):
 
     def on_each(mine: Any, *rest: Any) -> Any:
         out = run(jax.tree.map(lambda a: a[0], mine), *rest)
+        assert all(varying_axes(leaf) == {"d"} for leaf in jax.tree.leaves(out))
         return jax.tree.map(lambda a: a[None], out)
 
     specs = (P("d"), *[P()] * len(rest))
