@@ -3,45 +3,8 @@
 python -m experiments.pretrain --dataset mnist5k --model resnet18 --out runs/pretrained
 """
 
-from __future__ import annotations
-
-import contextlib
-import dataclasses
-
 from experiments import cli
-from experiments.runs import folders, reporting, runner, tasks
-from experiments.runs.config import RunConfig, read_config
-
-
-@dataclasses.dataclass(frozen=True)
-class PretrainConfig(RunConfig):
-    """Pretraining: quantization-aware, from random values."""
-
-    dataset: str = "mnist5k"
-    """Data set, as for experiments.finetune."""
-    recipe: str = "qat"
-    """Recipe: full_precision, qat, psq1, fqt1 or fqt1_plus. The next ten change parts of it."""
-    learning_rate: float | None = 2e-3
-    """Learning rate."""
-    epochs: int = 8
-    """Passes over the training data."""
-
-
-def main(config: PretrainConfig) -> None:
-    """Runs the experiment."""
-    with contextlib.ExitStack() as held:
-        folder = config.resume
-        if folder is not None:
-            config = read_config(config, folder)
-            held.enter_context(folders.continuing(folder, "pretrain"))
-        dataset = tasks.load_dataset(config)
-        config.check_batch(len(dataset.train))
-        task = tasks.build_task(config, dataset, None)
-        if folder is None:
-            folder = held.enter_context(folders.starting(config, "pretrain"))
-        summary = runner.train(config, task, folder, "pretrain")
-        reporting.print_summary(summary, folder)
-
+from experiments.runs.pretraining import PretrainConfig, main
 
 if __name__ == "__main__":
     cli.run(main, PretrainConfig)

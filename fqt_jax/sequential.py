@@ -171,7 +171,7 @@ def fuse_sequences(model: Any) -> Any:
     Returns:
       The model; the new sequence where it is one itself.
     """
-    for place in find_modules(model, nnx.Sequential):
+    for place in reversed(find_modules(model, nnx.Sequential)):  # those inside others first
         if type(place.module) is nnx.Sequential:
             model = place.put(model, Sequential(*place.module.layers))
     return model

@@ -128,7 +128,7 @@ def gather_on_device(step: TrainStep | EvalStep) -> GatheredTrainStep | Gathered
       >>> import jax, jax.numpy as jnp, optax
       >>> from flax import nnx
       >>> import fqt_jax as fqt
-      >>> optimizer = optax.adam(0.1)
+      >>> optimizer = optax.sgd(0.1)
       >>> graphdef, state = fqt.training.create_state(
       ...     nnx.Linear(3, 3, rngs=nnx.Rngs(0)), optimizer)
       >>> loss = fqt.training.CrossEntropy(num_classes=3)

@@ -121,7 +121,7 @@ def test_bad_numbers_are_errors(options, message):
 @needs_native
 @pytest.mark.parametrize(
     ("m", "factors", "message"),
-    [(jnp.ones(3), jnp.ones(7), "same size"), (jnp.ones(4), jnp.ones(6), "7 numbers")],
+    [(jnp.ones(3), jnp.ones(7), "same shape"), (jnp.ones(4), jnp.ones(6), "7 numbers")],
 )
 def test_bad_operands_are_errors(m, factors, message):
     like = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((4,), m.shape, (4,))]

@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from fqt_jax.gradients import OneDraw, drawn_gradients
 
 import fqt_jax as fqt
 from fqt_jax import diagnostics
+from fqt_jax.estimators import OneDraw
+from fqt_jax.estimators.base import SplitModel
 from fqt_jax.kernels.contract import Window
 from fqt_jax.layer_types import LAYER_TYPES, LayerType, Linear, quantized_layers, type_of
-from fqt_jax.training import cross_entropy
+from fqt_jax.losses import CrossEntropy
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -78,9 +79,8 @@ def test_a_new_type_is_one_entry(mirrored):
     budget = diagnostics.budget(model, x)
     assert [(b.path, b.weight_bits) for b in budget][1] == ("middle", 1)
     assert list(diagnostics.layer_gradients(model, x, labels, key=KEY)) == ["middle"]
-    graphdef, params, others = nnx.split(model, nnx.Param, ...)
     kept.clear()
-    drawn_gradients(graphdef, params, others, x, labels, cross_entropy, OneDraw(0.5), KEY)
+    OneDraw(0.5).gradients(SplitModel.of(model), (x, labels), CrossEntropy(num_classes=3), KEY)
     assert set(kept) == {0.25, 1.0, None}  # the full pass, and that of the drawn rows
 
 

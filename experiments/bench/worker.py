@@ -20,11 +20,11 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     """Carries out a request; an error of the user's comes back as ``error``."""
     # XLA, OpenBLAS and OpenMP size their thread pools when they are first used.
     machine.limit_cpus(request["threads"])
-    from experiments import speed
+    from experiments.bench import measure
 
     try:
-        return speed.measure(request)
-    except (speed.UserError, ValueError) as error:
+        return measure.measure(request)
+    except (measure.UserError, ValueError) as error:
         return {"error": str(error)}
 
 

@@ -11,8 +11,8 @@ import types
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from experiments.cli import UserError
-from experiments.finetune import FinetuneConfig
 from experiments.runs.config import RECIPE_PARTS
+from experiments.runs.finetuning import FinetuneConfig
 
 Axis = Literal["dataset", "model", "recipe", "optimizer"]
 

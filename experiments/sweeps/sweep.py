@@ -20,8 +20,8 @@ from typing import Any
 
 from experiments.cli import UserError
 from experiments.data import DATASETS, embedded
-from experiments.finetune import FinetuneConfig
 from experiments.runs.config import config_from_json
+from experiments.runs.finetuning import FinetuneConfig
 from experiments.runs.folders import write_json
 from experiments.sweeps.specs import Axis, Spec, parse
 from fqt_jax.kernels import check_implementation

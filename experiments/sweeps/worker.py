@@ -16,9 +16,9 @@ import sys
 import traceback
 from typing import Any, TextIO
 
-from experiments import finetune, process
+from experiments import process
 from experiments.data import Dataset
-from experiments.runs import folders, locks, runner, tasks
+from experiments.runs import finetuning, folders, locks, runner, tasks
 from experiments.sweeps.sweep import Cell, Group, Store, plan
 
 _SAVE_SECONDS = 60.0
@@ -71,7 +71,7 @@ class _Sharing:
         folder.mkdir(parents=True, exist_ok=True)
         # The lock may still be with a worker of a sweep that was killed, until that one has saved.
         with locks.locked(folder, wait_for=f"runs {cell.name}"):
-            task = finetune.build_task(config, self._dataset, folder)
+            task = finetuning.build_task(config, self._dataset, folder)
             folders.write_config(config, folder)
             summary = runner.train(
                 config, task, folder, "finetune", shared=self._steps, save_seconds=_SAVE_SECONDS

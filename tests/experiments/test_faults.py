@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from experiments import cli
-from experiments.finetune import FinetuneConfig, build_task, main
 from experiments.runs import runner, summaries, tasks
+from experiments.runs.finetuning import FinetuneConfig, build_task, main
 from fqt_jax.checkpoints import (
     list_checkpoints,
     nonfinite_arrays,

@@ -21,6 +21,7 @@ from experiments.bench.contenders import (
     resolve_implementations,
     step_products,
 )
+from experiments.bench.measure import measure
 from experiments.bench.steps import compare, measure_rss, measure_steps, summarize
 from experiments.cli import UserError
 from fqt_jax.kernels.contract import UnsupportedError
@@ -181,7 +182,7 @@ def test_layers_and_check_in_process(capsys):
     config = speed.SpeedConfig(
         model="vgg_small", width=0.125, batch_size=4, image_size=8, repeats=1, layers=True
     )
-    run = speed.measure(config.request("layers", 1))
+    run = measure(config.request("layers", 1))
     assert set(run["totals"]) == set(speed_layers.PRODUCTS)
     total = run["totals"]["forward"]["implementations"]["xla"]
     each = [
@@ -189,7 +190,7 @@ def test_layers_and_check_in_process(capsys):
         for e in run["layers"]
     ]
     assert total == pytest.approx(sum(each))
-    checked = speed.measure(config.request("check", 1))
+    checked = measure(config.request("check", 1))
     assert all(line["ok"] for line in checked["check"])
     assert "input_grad" in capsys.readouterr().err
     report = {"runs": [], "layers": [run], "check": [checked]}

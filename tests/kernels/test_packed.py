@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,9 +77,20 @@ def test_pack_bytes(rng, n, axis):
     np.testing.assert_array_equal(pack_bytes(jnp.asarray(bits), axis), expected)
 
 
-@pytest.mark.parametrize(("c", "o"), [(64, 5), (3, 70), (300, 33)])
-def test_words_count_what_bytes_do(c, o, monkeypatch):
-    """Accelerators count the bits of words; the same code runs here."""
+@pytest.mark.parametrize("size", [1, 4, 23, 24, 25, 72, 73, 300])
+def test_counts_of_any_length(rng, size):
+    """Words and bytes count alike, and add up beyond what a byte holds."""
+    a = rng.integers(0, 256, (3, size)).astype(np.uint8)
+    b = rng.integers(0, 256, (size, 5)).astype(np.uint8)
+    met = a[:, :, None] & b[None]
+    expected = np.unpackbits(met, axis=1).sum(1, dtype=np.int32)
+    for platform in ("cpu", "cuda"):
+        got = packed._count(platform, jnp.bitwise_and, jnp.asarray(a), jnp.asarray(b))
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_accelerators_count_the_bits_of_words():
+    c, o = 3, 70
     keys = jax.random.split(jax.random.key(0), 3)
     x = PackedBits.pack(jax.random.bernoulli(keys[0], shape=(3, 5, 4, c)))
     w = PackedBits.pack(jax.random.bernoulli(keys[1], shape=(3, 3, c, o)), batch_ndim=0)
@@ -86,16 +99,21 @@ def test_words_count_what_bytes_do(c, o, monkeypatch):
     by_sample = Rounding(g.min((1, 2, 3)), jnp.ptp(g, (1, 2, 3)), seed, None, None, 4, "samples")
     by_channel = Rounding(g.min((0, 1, 2)), jnp.ptp(g, (0, 1, 2)), seed, None, None, 4, "channels")
 
-    def products():
+    @functools.partial(jax.jit, static_argnums=0)
+    def products(platform, x, w, g, by_sample, by_channel):
+        to = {"window": SAME, "platform": platform}
+        options = {"input_size": (5, 4), "compact": False}
         return (
-            packed.forward(x, w, SAME),
-            packed.input_grad(g, w, by_sample, SAME, (5, 4)),
-            packed.weight_grad(g, x, by_channel, SAME),
+            packed.forward(x, w, **to),
+            packed.input_grad(g, w, by_sample, None, **options, **to),
+            packed.weight_grad(g, x, by_channel, **to),
         )
 
-    of_bytes = products()
-    joined = []
-    monkeypatch.setattr(packed, "_counts_words", lambda: joined.append(True) or True)
-    for words, others in zip(products(), of_bytes, strict=True):
+    operands = (x, w, g, by_sample, by_channel)
+    for platform, kind in (("cpu", "xui8>"), ("cuda", "xui32>")):
+        text = products.lower(platform, *operands).as_text()
+        counts = [line for line in text.splitlines() if "popcnt" in line]
+        assert counts
+        assert all(line.endswith(kind) for line in counts)
+    for words, others in zip(*(products(p, *operands) for p in ("cpu", "cuda")), strict=True):
         np.testing.assert_array_equal(words, others)
-    assert joined

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from fqt_jax import PackedBits, Selection, kernels
-from fqt_jax.kernels import Rounding, Window, pallas, xla
+from fqt_jax.kernels import Rounding, UnsupportedError, Window, pallas
 
 FLAG = "FQT_JAX_PALLAS_INTERPRET"
 SEED = np.array([3, 4], np.uint32)
@@ -20,7 +22,7 @@ WINDOWS = {
 
 
 def products(window, n, size, c, o, bits, rng):
-    """The three products as functions of an implementation, with kept samples and channels."""
+    """The three products as functions of operands, with kept samples and channels."""
     x = PackedBits.pack(jnp.asarray(rng.integers(0, 2, (n, *size, c)) > 0))
     w = PackedBits.pack(jnp.asarray(rng.integers(0, 2, (*window.size, c, o)) > 0), batch_ndim=0)
     g = jnp.asarray(rng.normal(size=(n, *window.output_size(size), o)).astype(np.float32))
@@ -37,13 +39,13 @@ def products(window, n, size, c, o, bits, rng):
     by_sample = rounding(k, kept, None, "samples")
     by_channel = rounding(-(-o // 2), kept, channels, "channels")
     return {
-        "forward": (lambda run: lambda x, w: run.forward(x, w, window), (x, w)),
+        "forward": (lambda x, w, **to: kernels.forward(x, w, window, **to), (x, w)),
         "input_grad": (
-            lambda run: lambda g, w, r: run.input_grad(g, w, r, window, size),
+            lambda g, w, r, **to: kernels.input_grad(g, w, r, window, size, **to),
             (g, w, by_sample),
         ),
         "weight_grad": (
-            lambda run: lambda g, x, r: run.weight_grad(g, x, r, window),
+            lambda g, x, r, **to: kernels.weight_grad(g, x, r, window, **to),
             (g, x, by_channel),
         ),
     }
@@ -51,29 +53,40 @@ def products(window, n, size, c, o, bits, rng):
 
 def assert_agree(cases):
     for name, (product, operands) in cases.items():
-        got, expected = (jax.jit(product(run))(*operands) for run in (pallas, xla))
+        got, expected = (
+            jax.jit(functools.partial(product, implementation=each))(*operands)
+            for each in ("pallas", "xla")
+        )
         assert got.dtype == expected.dtype
         np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-4, err_msg=name)
 
 
 def test_not_available_on_a_cpu_unless_asked_for(monkeypatch):
     monkeypatch.delenv(FLAG, raising=False)
-    assert f"set {FLAG}=1" in kernels.implementations()["pallas"]
-    with pytest.raises(ValueError, match=r"'pallas' is not available: .* need a GPU or TPU"):
+    message = "it runs on cuda, rocm, tpu, and the backend is cpu"
+    assert kernels.implementations()["pallas"] == message
+    with pytest.raises(ValueError, match=f"'pallas' is not available: {message}"):
         kernels.check_implementation("pallas")
+    x = PackedBits.pack(jnp.ones((1, 1, 1, 8), bool))
+    w = PackedBits.pack(jnp.ones((1, 1, 8, 8), bool), batch_ndim=0)
+    with pytest.raises(UnsupportedError, match="for cpu; pallas serves cuda, rocm, tpu only"):
+        kernels.forward(x, w, Window(), implementation="pallas")
     monkeypatch.setenv(FLAG, "1")
     assert kernels.implementations()["pallas"] == "available"
+    assert kernels.forward(x, w, Window(), implementation="pallas").item(0) == 8
     monkeypatch.setenv(FLAG, "0")
     assert kernels.implementations()["pallas"] != "available"
 
 
 @pytest.mark.parametrize(
-    ("target", "window", "bits"),
-    [("gpu", "wide padding", 8), ("tpu", "same", 4), ("tpu", "strided", 8)],
+    ("platform", "window", "bits"),
+    [("cuda", "wide padding", 8), ("tpu", "same", 4), ("tpu", "strided", 8)],
 )
-def test_both_layouts_agree_with_the_reference(monkeypatch, rng, target, window, bits):
+def test_both_layouts_agree_with_the_reference(monkeypatch, rng, platform, window, bits):
+    """Pallas' interpreter runs the layout of another platform here."""
     monkeypatch.setenv(FLAG, "1")
-    monkeypatch.setattr(pallas, "_target", lambda: target)
+    plan = pallas._plan
+    monkeypatch.setattr(pallas, "_plan", lambda _, *sizes: plan(platform, *sizes))
     assert_agree(products(WINDOWS[window], 4, (5, 4), 17, 20, bits, rng))
 
 
@@ -93,15 +106,12 @@ DEVICES = {
 @pytest.mark.parametrize("product", ["forward", "input_grad", "weight_grad"])
 def test_lowers_without_the_hardware(monkeypatch, rng, platform, product):
     """As far as Triton's and Mosaic's own languages; their compilers come with the hardware."""
-    target = "tpu" if platform == "tpu" else "gpu"
     monkeypatch.delenv(FLAG, raising=False)
-    monkeypatch.setattr(pallas, "_target", lambda: target)
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=DEVICES[platform])
     f, operands = products(WINDOWS["same"], 8, (8, 8), 64, 64, 4, rng)[product]
+    f = functools.partial(f, implementation="pallas")
     # Only export's promise that a saved program runs years later is given up.
     unstable = jax.export.DisabledSafetyCheck.custom_call(CALLS[platform])
     with jax.sharding.use_abstract_mesh(mesh):
-        exported = jax.export.export(
-            jax.jit(f(pallas)), platforms=[platform], disabled_checks=[unstable]
-        )(*operands)
-    assert CALLS[platform] in exported.mlir_module()
+        exported = jax.export.export(jax.jit(f), platforms=[platform], disabled_checks=[unstable])
+        assert CALLS[platform] in exported(*operands).mlir_module()

@@ -37,8 +37,8 @@ inline V load_floats(const Source* p) {
   }
 }
 
-template <typename V>
-inline void store_floats(float* p, V v) {
+template <typename T, typename V>
+inline void store_floats(T* p, V v) {
   std::memcpy(p, &v, sizeof v);
 }
 

@@ -230,12 +230,12 @@ class InputGrad final : public Product {
   void write(const Block& block, int64_t y, const PositionClass& columns, const Panel& panel,
              const int32_t* sums, const int32_t* code_sums, const float* sign_sums) const {
     const int64_t count = std::min(panel.width, geometry_.c - panel.channel);
-    const float top = static_cast<float>((1 << args_.rounding.bits) - 1);
     for (int64_t x : columns.positions) {
       for (int64_t i = block.first_slot; i < block.last_slot; ++i, ++code_sums) {
         const int64_t slot = slots_[static_cast<size_t>(i)];
         const float weight = args_.samples.weight(slot);
-        const float step = args_.rounding.range[slot] / top, lo = args_.rounding.lo[slot];
+        const Dequantize dequantize(args_.rounding.range[slot], args_.rounding.lo[slot],
+                                    args_.rounding.bits);
         const int64_t n = args_.samples.index(slot);
         const int64_t position = y * geometry_.x.in + x;
         float* __restrict dx =
@@ -243,12 +243,12 @@ class InputGrad final : public Product {
             ((args_.scatters ? n : slot) * geometry_.y.in * geometry_.x.in + position) *
                 geometry_.c;
         const int32_t* __restrict row = sums;
-        const float* __restrict signs = sign_sums;
         const auto codes = static_cast<uint32_t>(*code_sums);
-        for (int64_t k = 0; k < count; ++k) {
-          const auto sum = static_cast<int32_t>(2u * static_cast<uint32_t>(row[k]) - codes);
-          dx[k] = weight * (step * static_cast<float>(sum) + lo * signs[k]);
-        }
+        const auto sum = [=](int64_t k) {
+          return static_cast<float>(
+              static_cast<int32_t>(2u * static_cast<uint32_t>(row[k]) - codes));
+        };
+        dequantize.run(count, sum, sign_sums, weight, dx);
         if (args_.mask.words != nullptr) {
           apply_mask(n, position * geometry_.c + panel.channel, count, dx);
         }

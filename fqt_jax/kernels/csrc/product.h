@@ -103,8 +103,9 @@ struct MomentsArgs {
   Shape shape;
   const void* s;
   SourceType type;
-  const float* weights;  // [n]: how much each sample counts; null where all count one
-  float* moments;        // [4, c]
+  const float* thresholds;  // [2, c]: S and T of a kink
+  const float* weights;     // [n]: how much each sample counts; null where all count one
+  float* moments;           // [6, c]
 };
 
 struct EncodeArgs {

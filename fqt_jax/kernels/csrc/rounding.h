@@ -49,6 +49,36 @@ inline void round_groups(const float* __restrict g, int64_t n, const float* __re
   }
 }
 
+// From sums of codes to gradients: weight (step sum + lo signs). In groups so large that a product
+// could overflow, in double: infinity less infinity would be NaN, where the sum may well be finite.
+struct Dequantize {
+  float step, lo;
+  bool is_large;
+
+  Dequantize(float range, float low, int bits)
+      : step(range / static_cast<float>((1 << bits) - 1)),
+        lo(low),
+        is_large(!(range < kLimit && std::fabs(low) < kLimit)) {}
+
+  // For the float sums of codes and of signs of `n` entries.
+  template <typename Sum>
+  void run(int64_t n, Sum sum, const float* __restrict signs, float weight,
+           float* __restrict out) const {
+    if (is_large) {
+      for (int64_t i = 0; i < n; ++i) {
+        const double value = static_cast<double>(step) * static_cast<double>(sum(i)) +
+                             static_cast<double>(lo) * static_cast<double>(signs[i]);
+        out[i] = static_cast<float>(static_cast<double>(weight) * value);
+      }
+    } else {
+      for (int64_t i = 0; i < n; ++i) out[i] = weight * (step * sum(i) + lo * signs[i]);
+    }
+  }
+
+ private:
+  static constexpr float kLimit = 1e27f;  // sums are below 2^31, and 2^31 1e27 is below 1e37
+};
+
 // Codes above four bits go in two planes of nibbles, each with its own tables.
 inline int code_planes(int bits) { return bits > 4 ? 2 : 1; }
 

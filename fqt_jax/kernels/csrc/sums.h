@@ -35,21 +35,28 @@ class PerGroup : public Product {
 };
 
 // Sums over all samples and positions of several quantities of each channel: floats over strips of
-// some positions, then doubles, one row of them for each task.
+// some positions, then doubles, one row of them for each task. Where that is not finite, a task sums
+// again with doubles in its strips: floats overflow where the sum need not.
 class ChannelSums {
  public:
   ChannelSums(int64_t tasks, int64_t quantities, int64_t c)
       : tasks_(tasks), size_(quantities * c), sums_(tasks * size_) {}
 
+  bool is_finite(int64_t task) const {
+    const double* sums = sums_.data() + task * size_;
+    return std::all_of(sums, sums + size_, [](double sum) { return std::isfinite(sum); });
+  }
+
   // The strips of one task.
+  template <typename Sum>
   class Strips {
    public:
     Strips(const ChannelSums& all, int64_t task)
         : size_(all.size_), sums_(all.sums_.data() + task * size_), strip_(size_) {
       std::fill_n(sums_, size_, 0.0);
-      std::fill_n(strip_.data(), size_, 0.0f);
+      std::fill_n(strip_.data(), size_, Sum{0});
     }
-    float* data() const { return strip_.data(); }
+    Sum* data() const { return strip_.data(); }
     // So many positions have been added to data().
     void advance(int64_t positions) {
       positions_ += positions;
@@ -58,14 +65,14 @@ class ChannelSums {
     void flush(float weight = 1.0f) {
       const auto factor = static_cast<double>(weight);
       for (int64_t k = 0; k < size_; ++k) sums_[k] += factor * static_cast<double>(strip_[k]);
-      std::fill_n(strip_.data(), size_, 0.0f);
+      std::fill_n(strip_.data(), size_, Sum{0});
       positions_ = 0;
     }
 
    private:
     const int64_t size_;
     double* const sums_;
-    const Buffer<float> strip_;
+    const Buffer<Sum> strip_;
     int64_t positions_ = 0;
   };
 
@@ -82,41 +89,52 @@ class ChannelSums {
   const Buffer<double> sums_;
 };
 
-// Adds a row to the sums of s and s^2, where s >= 0 and where it is not.
-template <typename Source>
-void add_moments(const Source* __restrict s, int64_t positions, int64_t c, float* __restrict up,
-                 float* __restrict up2, float* __restrict down, float* __restrict down2) {
+// Adds a row to the sums of 1, s and s^2 where S s + T >= 0, and where it is not; NaN is not.
+template <typename Source, typename Sum>
+void add_moments(const Source* __restrict s, int64_t positions, int64_t c,
+                 const float* __restrict slope, const float* __restrict offset,
+                 Sum* __restrict sums) {
+  Sum *up = sums, *up1 = up + c, *up2 = up1 + c, *down = up2 + c, *down1 = down + c,
+      *down2 = down1 + c;
   for (int64_t x = 0; x < positions; ++x, s += c) {
     for (int64_t k = 0; k < c; ++k) {
-      const auto v = static_cast<float>(s[k]);
-      // NaN goes down.
-      const float high = v >= 0.0f ? v : 0.0f, low = v >= 0.0f ? 0.0f : v;
-      up[k] += high;
+      const auto v = static_cast<Sum>(s[k]);
+      // In floats, whatever is summed in: the kink is where it is everywhere else.
+      const bool is_up = slope[k] * static_cast<float>(s[k]) + offset[k] >= 0.0f;
+      const Sum one = is_up ? Sum{1} : Sum{0}, high = is_up ? v : 0, low = is_up ? 0 : v;
+      up[k] += one;
+      up1[k] += high;
       up2[k] += high * high;
-      down[k] += low;
+      down[k] += Sum{1} - one;
+      down1[k] += low;
       down2[k] += low * low;
     }
   }
 }
 
-// Means over samples and positions of s and s^2, where s >= 0 and where it is not; samples count
-// by their weights.
+// Means over samples and positions of 1, s and s^2 on either side of a kink; samples count by their
+// weights.
 template <typename Source>
 class Moments final : public PerGroup {
  public:
   explicit Moments(const MomentsArgs& args)
       : PerGroup(args.shape.n, samples_at_once(args.shape)), args_(args),
-        sums_(tasks(), 4, args.shape.c) {}
+        sums_(tasks(), 6, args.shape.c) {}
 
  private:
   void run_group(int64_t task, int64_t first, int64_t last) override {
+    sum_group<float>(task, first, last);
+    if (!sums_.is_finite(task)) sum_group<double>(task, first, last);
+  }
+
+  template <typename Sum>
+  void sum_group(int64_t task, int64_t first, int64_t last) {
     const int64_t c = args_.shape.c, w = args_.shape.w, rows = args_.shape.h;
-    ChannelSums::Strips strips(sums_, task);
-    float* at = strips.data();
+    ChannelSums::Strips<Sum> strips(sums_, task);
     const Source* s = static_cast<const Source*>(args_.s) + first * rows * w * c;
     for (int64_t n = first; n < last; ++n) {
       for (int64_t y = 0; y < rows; ++y, s += w * c) {
-        add_moments(s, w, c, at, at + c, at + 2 * c, at + 3 * c);
+        add_moments(s, w, c, args_.thresholds, args_.thresholds + c, strips.data());
         if (args_.weights == nullptr) {
           strips.advance(w);
         } else {

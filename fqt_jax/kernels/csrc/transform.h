@@ -39,6 +39,12 @@ void transform_row(const Source* s, int64_t positions, int64_t c, const float* r
   }
 }
 
+// Whether `next` takes the place of the maximum so far, as in fqt_jax.pooling: NaN does, and stays.
+template <typename V>
+inline auto is_more(V next, V most) {
+  return (next > most) | (next != next);
+}
+
 // Rows of one sample, transformed and pooled.
 template <typename Source>
 class Rows {
@@ -63,7 +69,7 @@ class Rows {
           if (i + j == 0) {
             std::copy_n(in, c, out);
           } else {
-            for (int64_t k = 0; k < c; ++k) out[k] = out[k] > in[k] ? out[k] : in[k];
+            for (int64_t k = 0; k < c; ++k) out[k] = is_more(in[k], out[k]) ? in[k] : out[k];
           }
         }
       }
@@ -80,7 +86,8 @@ class Rows {
 template <typename Source>
 class Encode final : public PerSample {
  public:
-  explicit Encode(const EncodeArgs& args) : PerSample(args.transform.shape.n), args_(args) {}
+  explicit Encode(const EncodeArgs& args)
+      : PerSample(args.transform.shape.n), args_(args), can_be_nan_(can_be_nan(args.transform)) {}
 
   void run(int64_t n) override {
     const Shape& shape = args_.transform.shape;
@@ -94,7 +101,7 @@ class Encode final : public PerSample {
     int32_t nans = 0;
     for (int64_t y = 0; y < shape.h / args_.transform.pool; ++y) {
       const float* t = rows.pooled(n, y);
-      if (std::is_floating_point_v<Source>) {
+      if (can_be_nan_) {
         for (int64_t i = 0; i < size; ++i) nans |= t[i] != t[i] ? 1 : 0;
       }
       int64_t count = size;
@@ -115,7 +122,15 @@ class Encode final : public PerSample {
   }
 
  private:
+  // Of integers and finite coefficients no NaN comes.
+  static bool can_be_nan(const TransformArgs& args) {
+    const float* first = args.coefficients;
+    return std::is_floating_point_v<Source> ||
+           !std::all_of(first, first + 6 * args.shape.c, [](float v) { return std::isfinite(v); });
+  }
+
   const EncodeArgs args_;
+  const bool can_be_nan_;
 };
 
 // t itself, and what is added to it.

@@ -2,56 +2,57 @@
 
 namespace fqt::FQT_ISA {
 
-// The gradient of a window's maximum goes to the first entry that attains it. Calls
-// `take(offset, v, here)` for each entry v of the window, with what goes there.
+// The gradient of a window's maximum goes to the first entry that attains it, or the last that is
+// NaN, as in fqt_jax.pooling. Calls `take(offset, v, here)` for each entry v of the window, with what
+// goes there.
 template <typename V, typename Source, typename Take>
 inline void route(const Source* s, const TransformArgs& args, const LineOf<V>& line, V d,
                   Take& take) {
+  using Place = std::conditional_t<std::is_same_v<V, float>, int32_t, IntVec>;
   const int64_t c = args.shape.c, row = args.shape.w * c;
+  const auto entries = static_cast<int32_t>(args.pool * args.pool);
+  const auto offset = [=](int32_t i) { return i / args.pool * row + i % args.pool * c; };
   V most = line.t(load_floats<V>(s));
-  for (int64_t i = 0; i < args.pool; ++i) {
-    for (int64_t j = 0; j < args.pool; ++j) {
-      const V t = line.t(load_floats<V>(s + i * row + j * c));
-      most = most > t ? most : t;
-    }
+  Place place = {};
+  for (int32_t i = 1; i < entries; ++i) {
+    const V t = line.t(load_floats<V>(s + offset(i)));
+    const auto more = is_more(t, most);
+    most = more ? t : most;
+    place = more ? Place{} + i : place;
   }
-  const V zero = {};
-  for (int64_t i = 0; i < args.pool; ++i) {
-    for (int64_t j = 0; j < args.pool; ++j) {
-      const int64_t offset = i * row + j * c;
-      const V v = load_floats<V>(s + offset), t = line.t(v);
-      const V here = t == most ? d : zero;
-      d = t == most ? zero : d;
-      take(offset, v, here);
-    }
+  for (int32_t i = 0; i < entries; ++i) {
+    take(offset(i), load_floats<V>(s + offset(i)), place == i ? d : V{});
   }
 }
 
-// Sums of d and d s, where up and where not, in some channels.
-template <typename V>
+// Sums of d and d s, where up and where not, in some channels. V is a FloatVec of them or a float;
+// the sums of a float may be doubles.
+template <typename V, typename Sum = V>
 struct AddToSums {
-  const int64_t c;
-  float* const sums;
-  V S, T, up, up_s, down, down_s;
+  V S, T;
+  Sum up, up_s, down, down_s;
 
-  AddToSums(const float* rows, int64_t channels, float* to)
-      : c(channels), sums(to), S(load_as<V>(rows)), T(load_as<V>(rows + c)), up(load_as<V>(to)),
-        up_s(load_as<V>(to + c)), down(load_as<V>(to + 2 * c)), down_s(load_as<V>(to + 3 * c)) {}
+  template <typename Element>
+  AddToSums(const float* rows, int64_t c, const Element* from)
+      : S(load_as<V>(rows)), T(load_as<V>(rows + c)), up(load_as<Sum>(from)),
+        up_s(load_as<Sum>(from + c)), down(load_as<Sum>(from + 2 * c)),
+        down_s(load_as<Sum>(from + 3 * c)) {}
 
   void operator()(int64_t /*offset*/, V v, V d) {
-    const V zero = {}, side = S * v + T;
-    const V high = side >= 0.0f ? d : zero, low = side >= 0.0f ? zero : d;
-    up += high;
-    up_s += high * v;
-    down += low;
-    down_s += low * v;
+    const Sum here = d, product = here * static_cast<Sum>(v), zero = {};
+    const auto is_up = S * v + T >= 0.0f;
+    up += is_up ? here : zero;
+    up_s += is_up ? product : zero;
+    down += is_up ? zero : here;
+    down_s += is_up ? zero : product;
   }
 
-  void store() const {
-    store_floats(sums, up);
-    store_floats(sums + c, up_s);
-    store_floats(sums + 2 * c, down);
-    store_floats(sums + 3 * c, down_s);
+  template <typename Element>
+  void store(int64_t c, Element* to) const {
+    store_floats(to, up);
+    store_floats(to + c, up_s);
+    store_floats(to + 2 * c, down);
+    store_floats(to + 3 * c, down_s);
   }
 };
 
@@ -76,10 +77,16 @@ class GradientSums final : public PerGroup {
 
  private:
   void run_group(int64_t task, int64_t first, int64_t last) override {
+    sum_group<float>(task, first, last);
+    if (!sums_.is_finite(task)) sum_group<double>(task, first, last);
+  }
+
+  template <typename Sum>
+  void sum_group(int64_t task, int64_t first, int64_t last) {
     const TransformArgs& transform = args_.transform;
     const Shape& shape = transform.shape;
     const int64_t c = shape.c, pool = transform.pool, columns = shape.w / pool;
-    ChannelSums::Strips strips(sums_, task);
+    ChannelSums::Strips<Sum> strips(sums_, task);
     const float* d = args_.d + first * (shape.h / pool) * columns * c;
     for (int64_t slot = first; slot < last; ++slot) {
       for (int64_t y = 0; y < shape.h / pool; ++y) {
@@ -99,8 +106,18 @@ class GradientSums final : public PerGroup {
       const float* rows = transform.coefficients + k;
       AddToSums<V> take(rows, c, sums + k);
       take_window(s + k, transform, rows, load_as<V>(d + k), take);
-      take.store();
+      take.store(c, sums + k);
     });
+  }
+
+  void add(const Source* s, const float* d, double* sums) const {
+    const int64_t c = args_.transform.shape.c;
+    for (int64_t k = 0; k < c; ++k) {
+      const float* rows = args_.transform.coefficients + k;
+      AddToSums<float, double> take(rows, c, sums + k);
+      take_window(s + k, args_.transform, rows, d[k], take);
+      take.store(c, sums + k);
+    }
   }
 
   void finish() override { sums_.write(1.0, args_.sums); }
@@ -125,8 +142,10 @@ struct TakeGradient {
     const V above = G1 * d + (H1 * v + K1), below = G0 * d + (H0 * v + K0);
     const V value = S * v + T >= 0.0f ? above : below;
     store_floats(g + offset, value);
-    least = value < least ? value : least;
-    most = value > most ? value : most;
+    // NaN is taken, and stays: nothing is less or more.
+    const auto nan = value != value;
+    least = (value < least) | nan ? value : least;
+    most = (value > most) | nan ? value : most;
   }
 
   void store() const {
@@ -135,8 +154,9 @@ struct TakeGradient {
   }
 };
 
-// g, and its least and greatest entry for each sample and channel. Without a gradient d, that of
-// samples that were not kept and of rows and columns that pooling leaves out, d is zero.
+// g, and its least and greatest entry for each sample and channel, NaN where one is. Where there is no
+// gradient d, in samples that were not kept and in rows and columns that pooling leaves out, d is
+// zero.
 template <typename Source>
 class Gradient final : public PerSample {
  public:
@@ -177,9 +197,6 @@ class Gradient final : public PerSample {
         }
       }
       for (; x < shape.w; ++x) run_zero(s + x * c, coefficients, g + x * c, lo, hi);
-    }
-    for (int64_t k = 0; k < c; ++k) {
-      if (lo[k] > hi[k]) lo[k] = hi[k] = std::numeric_limits<float>::quiet_NaN();  // all are NaN
     }
   }
 

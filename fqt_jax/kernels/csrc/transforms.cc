@@ -52,15 +52,17 @@ const float* sample_weights(const Floats& weights, const Shape& shape) {
   return of_samples(weights, shape, "weights must have one for each sample");
 }
 
-ffi::Future moments(ffi::ThreadPool pool, ffi::AnyBuffer s, Floats weights,
+ffi::Future moments(ffi::ThreadPool pool, ffi::AnyBuffer s, Floats thresholds, Floats weights,
                     ffi::Result<Floats> out) {
   return guarded([&] {
     const Shape shape = source_shape(s);
     const SourceType type = source_type(s);
     const float* of_sample = sample_weights(weights, shape);
-    require(has_shape(out->dimensions(), {4, shape.c}), "moments have the wrong shape");
+    require(has_shape(thresholds.dimensions(), {2, shape.c}), "thresholds have the wrong shape");
+    require(has_shape(out->dimensions(), {6, shape.c}), "moments have the wrong shape");
     if (is_empty(s.dimensions())) return zeros(out);
-    return run_tasks(current_kernels().moments({shape, s.untyped_data(), type, of_sample,
+    return run_tasks(current_kernels().moments({shape, s.untyped_data(), type,
+                                                thresholds.typed_data(), of_sample,
                                                 out->typed_data()}),
                      pool, pass_threads(pool, entries(shape)));
   });
@@ -179,6 +181,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(FqtMoments, moments,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<Floats>()
                                   .Arg<Floats>()
                                   .Ret<Floats>());
 

@@ -326,7 +326,6 @@ class WeightGrad final : public Product {
     const int64_t size = chunk_size(chunk);
     const Range owned = owned_channels(chunk);
     const bool is_whole = owned.last - owned.first == size;
-    const float top = static_cast<float>((1 << args_.rounding.bits) - 1);
     const Buffer<float> values(std::max<int64_t>(1, size) * kMaxVectors<CodeTables> * kLanes);
     const Buffer<float> rows(std::max<int64_t>(1, size) * kMaxVectors<CodeTables> * kLanes);
     const Buffer<float> sign_sums(kMaxVectors<CodeTables> * kLanes);
@@ -348,15 +347,15 @@ class WeightGrad final : public Product {
         for (int64_t k = 0; k < size; ++k, row += panel.width) {
           const int64_t slot = channels_[static_cast<size_t>(chunk * chunk_channels_ + k)];
           const float weight = args_.channels.weight(slot);
-          const float step = args_.rounding.range[slot] / top, lo = args_.rounding.lo[slot];
+          const Dequantize dequantize(args_.rounding.range[slot], args_.rounding.lo[slot],
+                                      args_.rounding.bits);
           const auto codes = static_cast<uint32_t>(code_sums[tap * chunk_channels_ + k]);
-          float* __restrict out = values.data() + k * panel.width;
           const int32_t* __restrict in = row;
-          const float* __restrict signs = sign_sums.data();
-          for (int64_t l = 0; l < count; ++l) {
-            const auto sum = static_cast<int32_t>(2u * static_cast<uint32_t>(in[l]) - codes);
-            out[l] = weight * (step * static_cast<float>(sum) + lo * signs[l]);
-          }
+          const auto sum = [=](int64_t l) {
+            return static_cast<float>(
+                static_cast<int32_t>(2u * static_cast<uint32_t>(in[l]) - codes));
+          };
+          dequantize.run(count, sum, sign_sums.data(), weight, values.data() + k * panel.width);
         }
         float* dw = args_.dw + (tap * geometry_.c + panel.channel) * geometry_.o + owned.first;
         transpose(values.data(), panel.width, size, count, rows.data(), size);

@@ -13,7 +13,7 @@ class EncodeWeights final : public PerGroup {
 
   void run_group(int64_t task, int64_t first, int64_t last) override {
     const int64_t o = args_.o;
-    ChannelSums::Strips strips(sums_, task);
+    ChannelSums::Strips<float> strips(sums_, task);
     float* __restrict sums = strips.data();
     for (int64_t row = first; row < last; ++row) {
       const float* __restrict w = args_.w + row * o;

@@ -104,9 +104,8 @@ def _moments(
     *,
     platform: str,
 ) -> list[jax.Array]:
-    out = jax.ShapeDtypeStruct((4, source.shape[3]), jnp.float32)  # TEMP
-    m1, q1, m0, q0 = call("moments", out, source, _or_none(weights))
-    return [m1, m1, q1, m0, m0, q0]
+    out = jax.ShapeDtypeStruct((6, source.shape[3]), jnp.float32)
+    return list(call("moments", out, source, jnp.stack(thresholds), _or_none(weights)))
 
 
 def _encode(

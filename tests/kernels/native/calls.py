@@ -198,7 +198,9 @@ def _pool(rng: Random, shape: Shape) -> int:
 
 def moments(rng: Random, shape: Shape) -> Call:
     weights = floats(rng, shape[0] if rng.integers(0, 2) else 0)
-    return Call("moments", [source(rng, shape), weights], [((4, shape[3]), np.float32)])
+    thresholds = floats(rng, 2, shape[3])
+    operands = [source(rng, shape), thresholds, weights]
+    return Call("moments", operands, [((6, shape[3]), np.float32)])
 
 
 def encode(rng: Random, shape: Shape) -> Call:

@@ -156,6 +156,13 @@ struct Case {
                 range.data()};
   }
 
+  // In double where a product could overflow; see rounding.h.
+  float dequantized(float weight, float step, float low, float sum, float signs) const {
+    if (step * top() < 1e27f && std::fabs(low) < 1e27f) return weight * (step * sum + low * signs);
+    const double w = weight, product = static_cast<double>(step) * static_cast<double>(sum);
+    return static_cast<float>(w *
+                              (product + static_cast<double>(low) * static_cast<double>(signs)));
+  }
   float top() const { return static_cast<float>((1 << rounding.bits) - 1); }
   float scale(int64_t group) const {
     return static_cast<float>(((1 << rounding.bits) - 1) << 16) / range[static_cast<size_t>(group)];
@@ -228,9 +235,8 @@ struct Case {
       const float weight = kept.weight(slot), step = range[static_cast<size_t>(slot)] / top();
       for (int64_t i = 0; i < image && weight != 0; ++i) {
         const auto at = static_cast<size_t>(i);
-        dx[static_cast<size_t>(n * image + i)] =
-            weight *
-            (step * static_cast<float>(sums[at]) + low * static_cast<float>(signs[at]));
+        dx[static_cast<size_t>(n * image + i)] = dequantized(
+            weight, step, low, static_cast<float>(sums[at]), static_cast<float>(signs[at]));
       }
     }
     return dx;
@@ -269,8 +275,8 @@ struct Case {
       for (int64_t tap = 0; tap < geometry.taps(); ++tap) {
         for (int64_t c = 0; c < geometry.c; ++c) {
           const size_t i = at(tap, c, columns.index(k));
-          dw[i] = weight *
-                  (step * static_cast<float>(sums[i]) + low * static_cast<float>(signs[i]));
+          dw[i] = dequantized(weight, step, low, static_cast<float>(sums[i]),
+                              static_cast<float>(signs[i]));
         }
       }
     }

@@ -1,0 +1,146 @@
+"""Fine-tuning: its options, and where it starts."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import pathlib
+from typing import ClassVar
+
+from experiments import cli, process
+from experiments.data import Dataset
+from experiments.runs import folders, locks, reporting, runner, tasks
+from experiments.runs.config import RunConfig, read_config
+from experiments.runs.pretraining import PretrainConfig
+from fqt_jax.checkpoints import latest_checkpoint
+from fqt_jax.recipe import QAT
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig(RunConfig):
+    """Fine-tuning, by default with the paper's optimizer, rates and number of epochs."""
+
+    checkpoint: pathlib.Path | None = None
+    """Start from this: the folder of a run, or a checkpoint in it."""
+    from_scratch: bool = False
+    """Start from random values."""
+    pretrain_epochs: int = 8
+    """Epochs of pretraining on mnist5k where no checkpoint is given."""
+    pretrain_seed: int | None = None
+    """Seed of that pretraining; the default is the run's own."""
+    cache: pathlib.Path = pathlib.Path("runs/pretrained")
+    """Where such pretrained models are kept."""
+
+    NOT_COMPILED: ClassVar[tuple[str, ...]] = (
+        *RunConfig.NOT_COMPILED,
+        "checkpoint",
+        "from_scratch",
+        "pretrain_epochs",
+        "pretrain_seed",
+        "cache",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.checkpoint is not None and self.from_scratch:
+            raise cli.UserError("give either checkpoint or from-scratch.")
+        if self.pretrain_epochs < 1:
+            raise cli.UserError(f"pretrain_epochs must be at least 1; got {self.pretrain_epochs}.")
+
+
+def main(config: FinetuneConfig) -> None:
+    """Runs the experiment."""
+    with contextlib.ExitStack() as held:
+        folder = config.resume
+        if folder is not None:
+            config = read_config(config, folder)
+            held.enter_context(folders.continuing(folder, "finetune"))
+        dataset = tasks.load_dataset(config)
+        config.check_batch(len(dataset.train))
+        task = build_task(config, dataset, folder)
+        if folder is None:
+            folder = held.enter_context(folders.starting(config, "finetune"))
+        print(task.table)
+        summary = runner.train(config, task, folder, "finetune")
+        reporting.print_summary(summary, folder)
+
+
+def build_task(config: FinetuneConfig, dataset: Dataset, folder: pathlib.Path | None) -> tasks.Task:
+    """Builds the model, at its starting point unless the run in ``folder`` is to be continued."""
+    resumable = folder is not None and latest_checkpoint(folder / "checkpoints") is not None
+    start = None if resumable else starting_point(config, dataset)
+    return tasks.build_task(config, dataset, start)
+
+
+def starting_point(config: FinetuneConfig, dataset: Dataset) -> pathlib.Path | None:
+    """The checkpoint to start from; pretrains where there is none yet."""
+    if config.from_scratch:
+        return None
+    if config.checkpoint is not None:
+        return folders.checkpoint_at(config.checkpoint)
+    if dataset.channels != 1:
+        raise cli.UserError(
+            f"{config.dataset} has colour images and the embedded mnist5k has none: give a "
+            "--checkpoint, or --from-scratch."
+        )
+    return _pretrained(config, dataset)
+
+
+def pretraining(config: FinetuneConfig, image_size: int) -> PretrainConfig:
+    """The pretraining on mnist5k that a fine-tuning starts from.
+
+    Its forward pass is that of the fine-tuning; how gradients are quantized makes no difference.
+    Nor does the implementation of the kernels, which is the default one here: the others need not
+    serve float gradients, and all of them start from one model.
+    """
+    recipe = config.build_recipe()
+    return PretrainConfig(
+        model=config.model,
+        width=config.width,
+        stem=config.stem,
+        scale=None if recipe.scale == QAT.scale else recipe.scale,
+        clip=None if recipe.clip == QAT.clip else recipe.clip,
+        epochs=config.pretrain_epochs,
+        image_size=image_size,
+        seed=config.seed if config.pretrain_seed is None else config.pretrain_seed,
+    )
+
+
+def _pretrained(config: FinetuneConfig, dataset: Dataset) -> pathlib.Path:
+    """A model pretrained on mnist5k, from the cache or made now; a broken-off one is continued.
+
+    Of several processes that want the same one, one makes it and the others wait for it.
+    """
+    options = pretraining(config, dataset.image_size[0])
+    digest = hashlib.sha256(json.dumps(options.to_json(), sort_keys=True).encode()).hexdigest()
+    folder = config.cache / f"{config.model}-mnist5k-{digest[:12]}"
+    # A finished one needs no lock: the cache may be one that cannot be written.
+    if not _finished(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with locks.locked(folder, wait_for=f"pretrains in {folder}"):
+            if not _finished(folder):
+                _pretrain(options, folder)
+    print(f"starting from the pretrained model in {folder}")
+    return folders.checkpoint_at(folder)
+
+
+def _finished(folder: pathlib.Path) -> bool:
+    checkpoint = latest_checkpoint(folder / "checkpoints")
+    return checkpoint is not None and (folder / "summary.json").exists()
+
+
+def _pretrain(options: PretrainConfig, folder: pathlib.Path) -> None:
+    print(f"pretraining on mnist5k once; the result is kept in {folder}")
+    on_stop = "the same command continues with the pretraining."
+    process.if_stopped(on_stop)
+    folders.write_config(options, folder)
+    (folder / "summary.json").unlink(missing_ok=True)  # of one whose checkpoint was removed
+    task = tasks.build_task(options, tasks.load_dataset(options), None)
+    try:
+        summary = runner.train(options, task, folder, "pretrain")
+    except process.Interrupted:
+        raise process.Interrupted(f"stopped and saved; {on_stop}") from None
+    reporting.print_summary(summary, folder)
+    process.if_stopped("")
