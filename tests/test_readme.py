@@ -6,6 +6,7 @@ import pathlib
 import re
 import runpy
 import tomllib
+import warnings
 
 import pytest
 import tyro
@@ -45,7 +46,9 @@ def parse_options(monkeypatch):
                     pytest.fail(f"{module} does not take {options}: {complaint.getvalue()}")
 
         monkeypatch.setattr(cli, "run", stand_in)
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
         (config,) = configs
         if isinstance(config, SweepConfig):
             for axis in ("dataset", "model", "recipe", "optimizer"):
@@ -55,7 +58,6 @@ def parse_options(monkeypatch):
     return parse_options
 
 
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @every_page
 def test_commands_are_accepted(page, parse_options):
     targets = re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.M)
@@ -156,11 +158,14 @@ def test_the_map_names_every_experiment():
 
 
 def test_the_map_of_contributing_matches_the_tree():
-    lines = re.findall(r"^  (\S.*?)(?:  .*)?$", the_map(ROOT / "docs/contributing.md"), re.M)
+    library, experiments = the_map(ROOT / "docs/contributing.md").split("\nexperiments/")
+    lines = re.findall(r"^  (\S.*?)(?:  .*)?$", library, re.M)
     names = {name for line in lines for name in line.split(", ")}
-    found = {path.stem for path in ROOT.glob("fqt_jax/*.py") if path.name != "__init__.py"}
+    found = {path.stem for path in ROOT.glob("fqt_jax/[!_]*.py")}
     found |= {f"{path.parent.name}/" for path in ROOT.glob("fqt_jax/*/__init__.py")}
     assert names == found
+    folders = {f"{path.parent.name}/" for path in ROOT.glob("experiments/*/__init__.py")}
+    assert set(re.findall(r"^  (\S.*)", experiments, re.M)[0].split(", ")) == folders
 
 
 def test_no_page_waits_for_figures():
