@@ -248,7 +248,7 @@ params = {f"l{i}": {"kernel": rng.normal(size=(128, 64)).astype(np.float32)} for
 zero = np.int32(0)
 state = TrainState(params, {}, {}, zero, Metrics.zero())
 save_checkpoint(folder / "good", state, {})
-for limit in (0, 1_000, 20_000, 200_000) * 4:
+for limit in (0, 1_000, 20_000, 30_000) * 4:  # an array takes 32,768
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
         save_checkpoint(folder / "new", state, {})

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -25,3 +28,19 @@ def avg_pool(x: jax.Array, size: int) -> jax.Array:
         # A reshape and a mean, whose gradient costs far less on CPUs than that of a window.
         return jnp.mean(x.reshape(n, h // size, size, w // size, size, c), axis=(2, 4))
     return nnx.avg_pool(x, (size, size), (size, size), padding="SAME", count_include_pad=False)
+
+
+@functools.cache
+def max_pooling(size: int) -> Callable[[jax.Array], jax.Array]:
+    """Max-pooling over windows that do not overlap, the same object each time.
+
+    The structures of two models are equal, and share what was compiled, only if the functions in
+    them are.
+    """
+    return functools.partial(nnx.max_pool, window_shape=(size, size), strides=(size, size))
+
+
+@functools.cache
+def avg_pooling(size: int) -> Callable[[jax.Array], jax.Array]:
+    """:func:`avg_pool`, the same object each time."""
+    return functools.partial(avg_pool, size=size)

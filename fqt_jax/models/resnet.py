@@ -10,8 +10,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fqt_jax.models.common import avg_pool, scaled
+from fqt_jax.models.common import avg_pooling, scaled
 from fqt_jax.sequential import Sequential
+
+_STEM_POOL = functools.partial(
+    nnx.max_pool, window_shape=(3, 3), strides=(2, 2), padding=((1, 1), (1, 1))
+)
 
 
 class ResNet(nnx.Module):
@@ -67,8 +71,7 @@ class ResNet(nnx.Module):
             nnx.PReLU(0.25),
         ]
         if stem == "imagenet":
-            pool = {"window_shape": (3, 3), "strides": (2, 2), "padding": ((1, 1), (1, 1))}
-            layers.append(functools.partial(nnx.max_pool, **pool))
+            layers.append(_STEM_POOL)
         self.stem = Sequential(*layers)
         self.blocks = nnx.List()
         for stage, depth in enumerate(depths):
@@ -114,7 +117,7 @@ class _Block(nnx.Module):
         )
         shortcut: list[Any] = []
         if stride > 1:
-            shortcut.append(functools.partial(avg_pool, size=stride))
+            shortcut.append(avg_pooling(stride))
         if stride > 1 or in_features != out_features:
             shortcut += [conv(in_features, 1), norm(out_features)]
         self.shortcut = Sequential(*shortcut)

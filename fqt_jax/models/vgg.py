@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fqt_jax.models.common import scaled
+from fqt_jax.models.common import max_pooling, scaled
 from fqt_jax.sequential import Sequential
 
 
@@ -56,7 +56,7 @@ class VGG(nnx.Module):
                     nnx.PReLU(0.25),
                 ]
                 in_features = features
-            layers.append(functools.partial(nnx.max_pool, window_shape=(2, 2), strides=(2, 2)))
+            layers.append(max_pooling(2))
         self.features = Sequential(*layers)
         self.head = nnx.Linear(in_features, num_classes, rngs=rngs)
 

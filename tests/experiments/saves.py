@@ -30,9 +30,8 @@ def state(step: int) -> TrainState:
     """A state whose arrays are on the host: no thread is started to make it."""
     rng = np.random.default_rng(step)
     params = {name: rng.normal(size=(5, 4)).astype(np.float32) for name in ("kernel", "bias")}
-    zero = np.zeros((), np.int32)
-    metrics = Metrics(np.zeros((), np.float32), zero, zero)
-    return TrainState(params, {}, {}, np.asarray(step, np.int32), metrics)
+    zero = {"loss": np.zeros((), np.float32)}
+    return TrainState(params, {}, {}, np.asarray(step, np.int32), Metrics(zero, dict(zero)))
 
 
 def save(checkpoints: RunCheckpoints, step: int) -> None:

@@ -182,7 +182,7 @@ def test_a_pretraining_that_is_stopped_goes_on_by_the_same_command(monkeypatch, 
         assert not pathlib.Path("run").exists()
     monkeypatch.setattr(runner._Run, "_train_epoch", train_epoch)
     main(tiny(**options))
-    assert re.search(r"pretrained\S+ after step (\d+) of \1\n", capsys.readouterr().out)
+    assert re.search(r"pretrained\S+ from \S+, after step (\d+) of \1\n", capsys.readouterr().out)
 
 
 def test_pretrained_checkpoints_start_a_finetuning(capsys):

@@ -134,7 +134,7 @@ def mostly_padding() -> Call:
 MENDED = {
     "weights without an axis": (scalar_weights, "axis of output channels"),
     "a mask without has_mask": (mask_without_has_mask, "mask without has_mask"),
-    "weights of rank 2": (lambda: transform("moments", 1, (0, 3)), "one for each sample"),
+    "weights of rank 2": (lambda: transform("moments", 2, (0, 3)), "one for each sample"),
     "row weights of rank 2": (lambda: transform("gradient", 4, (3, 0)), "one for each sample"),
     "offsets of rank 2": (lambda: transform("activate", 2, (0, 1)), "one for each sample"),
     "nothing added of rank 2": (lambda: transform("activate", 3, (0, 1)), "added has the wrong"),
