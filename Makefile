@@ -1,5 +1,6 @@
 # make finetune   sets up everything and fine-tunes a 1-bit ResNet-18 on embedded images
 # make test       sets up everything and runs the tests
+# make test-all   the tests that take minutes: more kills of training runs, and the like
 # make lint       formatting, lint and types
 # make docs       the documentation, in build/docs; a warning is an error
 # make sanitize   the native kernels under the address and undefined-behaviour sanitizers, spoilt calls too
@@ -11,13 +12,16 @@ BIN := $(VENV)/bin
 ARGS ?=
 NATIVE := $(wildcard $(addprefix fqt_jax/kernels/csrc/, *.cc *.h *.inc CMakeLists.txt))
 
-.PHONY: finetune test lint format docs sanitize test-neon test-avx512 clean
+.PHONY: finetune test test-all lint format docs sanitize test-neon test-avx512 clean
 
 finetune: $(VENV)/.experiments
 	$(BIN)/python -m experiments.finetune --learning-rate 1e-3 --epochs 10 --batch-size 64 $(ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n auto $(ARGS)
+
+test-all: $(VENV)/.test
+	$(BIN)/python -m pytest -n auto -m slow $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .

@@ -1,0 +1,21 @@
+"""What fusion is worth in a model of one's own."""
+
+import pytest
+
+from experiments.bench.own_model import FORMS, OwnModelConfig, measure
+from experiments.cli import UserError
+
+pytestmark = pytest.mark.usefixtures("relaxed_promotion")
+
+
+def test_a_plain_sequence_needs_no_more_memory_than_the_librarys_model():
+    found = measure(OwnModelConfig(batch_size=4, image_size=16, repeats=1))
+    assert list(found) == list(FORMS)
+    own, sequence, in_turn = (memory for _, memory in found.values())
+    assert sequence <= 1.1 * own
+    assert in_turn > 2 * own
+
+
+def test_bad_numbers_are_named():
+    with pytest.raises(UserError, match="image_size must be at least 8; got 4"):
+        OwnModelConfig(image_size=4)
