@@ -3,7 +3,8 @@
 An operation is one JAX primitive with parameters: it is traced by the shapes of its results alone,
 and the implementation that runs is looked up when it is *lowered*, for the platform that it is
 lowered for. So a program written on one machine compiles for another, and what is not used is
-never traced. Under ``vmap`` the implementation itself is mapped.
+never traced. Under ``vmap`` the implementation itself is mapped. Results are whole on each device
+of a mesh of explicit axes: for data parallelism wrap the step in :func:`jax.shard_map`.
 
 An implementation is a table of functions by the operation's name (:class:`Kernel`). Each may
 decline a case, with a reason. With ``implementation=None`` the first that serves a case on a

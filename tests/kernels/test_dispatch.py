@@ -368,6 +368,19 @@ def test_sharded_operands_without_shard_map_give_the_same():
         assert_agree(jax.jit(run)(*sharded), run(*of))
 
 
+@pytest.mark.parametrize("implementation", implementations("moments"))
+def test_results_are_whole_on_a_mesh_of_explicit_axes(implementation):
+    explicit = jax.make_mesh((3,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
+    run = functools.partial(OPERATIONS["moments"], implementation=implementation)
+    source, *rest = operands("moments")
+    with jax.sharding.set_mesh(explicit):
+        sharded = jax.device_put(source, jax.sharding.NamedSharding(explicit, P("d")))
+        for call in (run, jax.jit(run)):
+            out = call(sharded, *rest)
+            assert all(jax.typeof(a).sharding.spec in (P(), P(None)) for a in out)
+            assert_agree(out, run(source, *rest))
+
+
 def test_calls_run_where_their_operands_are():
     run, of = OPERATIONS["forward"], operands("forward")
     second = jax.devices()[1]
