@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fqt_jax import kernels
 from fqt_jax.kernels import native
 from fqt_jax.optimizers import adam, scale_by_adam
+from tests.kernels import operations
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -21,36 +23,61 @@ def gradients(seed, shapes, scale=1.0):
     return [scale * jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
 
 
+each = pytest.mark.parametrize("implementation", operations.each_of("adam"))
+
+
+@each
 @given(
-    st.lists(st.integers(1, 40), min_size=0, max_size=3).map(tuple),
+    st.sampled_from([(), (1,), (37,), (3, 3, 8, 5)]),
     st.floats(0, 0.99),
     st.floats(0, 0.9999),
     st.sampled_from([1e-15, 1e-4, 1.0, 1e6]),
 )
-def test_steps_are_those_of_float64(shape, b1, b2, scale):
+def test_steps_are_those_of_float64(implementation, shape, b1, b2, scale):
     eps = 1e-8
-    transform = scale_by_adam(b1, b2, eps)
-    state = transform.init(jnp.zeros(shape))
     m, v = np.zeros(shape), np.zeros(shape)
+    state = (jnp.zeros(shape), jnp.zeros(shape))
+    rng = np.random.default_rng(0)
     for t in range(1, 4):
-        (g,) = gradients(t, [shape], scale)
-        direction, state = transform.update(g, state)
+        g = jnp.asarray(scale * rng.normal(size=shape), jnp.float32)
+        corrections = 1 - b1**t, 1 - b2**t
+        factors = (1 - b1, b1, 1 - b2, b2, 1 / corrections[0], 1 / corrections[1], eps)
+        direction, *state = kernels.adam(
+            g, *state, jnp.asarray(factors, jnp.float32), implementation=implementation
+        )
         g = np.asarray(g, np.float64)
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
         # What cancels among the terms of m is rounded relative to the terms.
         tolerance = 1e-5 * scale
-        np.testing.assert_allclose(state.mu, m, rtol=1e-5, atol=tolerance)
-        np.testing.assert_allclose(state.nu, v, rtol=1e-5, atol=1e-37)
-        correction1, correction2 = 1 - b1**t, 1 - b2**t
-        root = np.sqrt(v / correction2) + eps
-        expected = m / correction1 / root
-        np.testing.assert_allclose(
-            direction, expected, rtol=1e-4, atol=float(np.max(tolerance / correction1 / root))
-        )
-    assert int(state.count) == 3
+        np.testing.assert_allclose(state[0], m, rtol=1e-5, atol=tolerance)
+        np.testing.assert_allclose(state[1], v, rtol=1e-5, atol=1e-37)
+        root = np.sqrt(v / corrections[1]) + eps
+        atol = float(np.max(tolerance / corrections[0] / root))
+        np.testing.assert_allclose(direction, m / corrections[0] / root, rtol=1e-4, atol=atol)
 
 
-@needs_native
+@each
+@pytest.mark.parametrize("types", [(jnp.float16,) * 3, (jnp.bfloat16, jnp.float32, jnp.float32)])
+def test_half_precision_is_computed_in_single(implementation, types):
+    """Also under strict promotion of types."""
+    factors = jnp.array([0.1, 0.9, 0.001, 0.999, 1, 1, 1e-8], jnp.float32)
+    operands = [jnp.asarray([1.0, 0.5, 3.0], dtype) for dtype in types]
+    with jax.numpy_dtype_promotion("strict"):
+        got = kernels.adam(*operands, factors, implementation=implementation)
+    expected = kernels.adam(*(a.astype(jnp.float32) for a in operands), factors)
+    for a, b, dtype in zip(got, expected, types, strict=True):
+        assert a.dtype == dtype
+        np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=float(jnp.finfo(dtype).eps))
+
+
+@each
+@pytest.mark.parametrize("shape", [(0,), (3, 0)])
+def test_of_nothing(implementation, shape):
+    none = jnp.zeros(shape)
+    for a in kernels.adam(none, none, none, jnp.ones(7), implementation=implementation):
+        assert a.shape == shape
+
+
 def test_trajectory_is_optaxs_up_to_rounding():
     shapes = [(70_000,), (3, 3, 8, 5), ()]
     params = gradients(0, shapes)
@@ -66,7 +93,6 @@ def test_trajectory_is_optaxs_up_to_rounding():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), *results)
 
 
-@needs_native
 def test_operands_that_are_not_donated_survive():
     transform = scale_by_adam()
     g = jnp.arange(1.0, 100_001.0)
@@ -91,22 +117,28 @@ def test_moments_stay_where_they_are():
 
 
 @pytest.mark.parametrize("leaf", [jnp.zeros((0, 3)), jnp.ones(4, jnp.float16)])
-def test_other_arrays_are_left_to_optax(leaf):
+def test_other_arrays_are_those_of_optax(leaf):
     params = {"a": jnp.ones(3), "b": leaf}
     ours, theirs = scale_by_adam(), optax.scale_by_adam()
     state = ours.init(params)
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        ours.update(params, state),
-        theirs.update(params, state),
-    )
+
+    def check(a, b):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        eps = jnp.finfo(a.dtype).eps if jnp.issubdtype(a.dtype, jnp.floating) else 0
+        np.testing.assert_allclose(
+            a.astype(jnp.float32), b.astype(jnp.float32), rtol=4 * float(eps)
+        )
+
+    jax.tree.map(check, ours.update(params, state), theirs.update(params, state))
 
 
-def test_nan_goes_on():
-    transform = scale_by_adam()
+@each
+def test_nan_goes_on(implementation):
     g = jnp.array([1.0, jnp.nan, 2.0])
-    direction, _ = transform.update(g, transform.init(g))
-    np.testing.assert_array_equal(np.isnan(direction), [False, True, False])
+    none = jnp.zeros(3)
+    factors = jnp.array([0.1, 0.9, 0.001, 0.999, 10, 1000, 1e-8])
+    for a in kernels.adam(g, none, none, factors, implementation=implementation):
+        np.testing.assert_array_equal(np.isnan(a), [False, True, False])
 
 
 @pytest.mark.parametrize(
@@ -118,25 +150,16 @@ def test_bad_numbers_are_errors(options, message):
         scale_by_adam(**options)
 
 
-@needs_native
 @pytest.mark.parametrize(
     ("m", "factors", "message"),
-    [(jnp.ones(3), jnp.ones(7), "same shape"), (jnp.ones(4), jnp.ones(6), "7 numbers")],
+    [
+        (jnp.ones(3), jnp.ones(7), r"one shape; got \(4,\), \(3,\) and \(4,\)"),
+        (jnp.ones(4), jnp.ones(6), r"factors must be float32\[7\]; got float32\[6\]"),
+    ],
 )
-def test_bad_operands_are_errors(m, factors, message):
-    like = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((4,), m.shape, (4,))]
-    with pytest.raises(Exception, match=message):
-        jax.block_until_ready(
-            native.call(
-                "adam",
-                tuple(like),
-                jnp.ones(4),
-                m,
-                jnp.ones(4),
-                factors,
-                in_place={0: 0, 1: 1, 2: 2},
-            )
-        )
+def test_operands_that_do_not_fit(m, factors, message):
+    with pytest.raises(ValueError, match=message):
+        kernels.adam(jnp.ones(4), m, jnp.ones(4), factors)
 
 
 @needs_native

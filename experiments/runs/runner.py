@@ -95,7 +95,13 @@ def train(
       CheckpointError: a checkpoint cannot be saved, or is of another model.
       OSError: another file cannot be written.
     """
-    return _Run(config, task, folder, kind, {} if shared is None else shared, save_seconds).go()
+    run = _Run(config, task, folder, kind, {} if shared is None else shared, save_seconds)
+    try:
+        return run.go()
+    except OSError as error:
+        if error.filename is None:  # a disk that is full while a file is written
+            error.filename = str(folder)
+        raise
 
 
 def _steps(config: RunConfig, task: Task, graphdef: Any, total_steps: int) -> Steps:
@@ -145,10 +151,11 @@ class _Run:
     def go(self) -> dict[str, Any]:
         summary_path = self.folder / "summary.json"
         if summary_path.exists():
+            summary = read_summary(summary_path)
             print(f"{self.folder} is complete already.")
-            return read_summary(summary_path)
+            return summary
         self._restore()
-        (self.folder / "layers.txt").write_text(f"{self.task.table}\n")
+        write_text(self.folder / "layers.txt", f"{self.task.table}\n")
         dataset = self.task.dataset
         train_data = on_device(dataset.train)
         validation_data = on_device(dataset.validation)
@@ -269,8 +276,8 @@ class _Run:
 
     def _diverged(self, what: str, epoch: int) -> Diverged:
         whole, _ = self.checkpoints.newest()
-        left = f"Its last good checkpoint is {whole}." if whole else "It has no checkpoint yet."
-        return Diverged(f"{what}, in epoch {epoch + 1}: lower the learning rate. {left}")
+        left = f"last good checkpoint is {whole}" if whole else "first checkpoint was yet to come"
+        return Diverged(f"{what}, in epoch {epoch + 1}: lower the learning rate. The run's {left}.")
 
     def _metadata(self) -> dict[str, Any]:
         return {
@@ -304,7 +311,8 @@ class _Run:
         """Refuses to start again where something was saved that is not there any more."""
         folder, metrics = self.checkpoints.folder, self.folder / "metrics.jsonl"
         if wrong:
-            lost = f"none of its checkpoints can be read: {' '.join(wrong)}"
+            reasons = "; ".join(message.rstrip(".") for message in wrong)
+            lost = f"none of its checkpoints can be read: {reasons}."
         elif metrics.exists() and not self.save_seconds:
             epochs = metrics.read_bytes().count(b"\n")
             lost = f"it was trained for {epochs} epochs, but {folder} has no checkpoint."

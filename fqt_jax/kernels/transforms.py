@@ -72,7 +72,7 @@ def moments(
       source: the source.
       thresholds: ``S`` and ``T`` of the kink, ``float32[C]`` each.
       weights: by how much each sample counts, ``float32[N]``; ``None`` for one. The sum is divided
-        by the number of samples, whatever the weights come to.
+        by the number of samples, whatever the weights come to. Those of no samples are zero.
       implementation: name of the implementation; ``None`` picks one.
     """
     check_source(source)
@@ -210,7 +210,10 @@ def gradient(
 def encode_weights(
     w: jax.Array, *, implementation: str | None = None
 ) -> tuple[PackedBits, jax.Array]:
-    """Signs of ``float32[..., O]``, and the mean of ``|w|`` in each output channel."""
+    """Signs of ``float32[..., O]``, and the mean of ``|w|`` in each output channel.
+
+    The mean of no weights is zero.
+    """
     _check_weights(w)
     words = jax.ShapeDtypeStruct((-(-w.size // WORD_BITS),), jnp.uint32)
     signs = PackedBits(words, w.shape)  # type: ignore[arg-type]

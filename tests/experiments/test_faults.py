@@ -1,6 +1,7 @@
 """Runs that diverge, and runs whose files were damaged or removed before they are resumed."""
 
 import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from experiments import cli
-from experiments.runs import runner, summaries, tasks
+from experiments.runs import reporting, runner, summaries, tasks
 from experiments.runs.finetuning import FinetuneConfig, build_task, main
 from fqt_jax.checkpoints import (
     list_checkpoints,
@@ -74,7 +75,7 @@ def interrupted(state):
 
 
 def last_good(step: int) -> str:
-    return f"Its last good checkpoint is {CHECKPOINTS / f'step_{step:08d}'}."
+    return f"The run's last good checkpoint is {CHECKPOINTS / f'step_{step:08d}'}."
 
 
 def test_an_epochs_last_update_that_is_not_finite_is_not_saved(monkeypatch):
@@ -96,7 +97,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(monkeypatch, at):
     with pytest.raises(runner.Diverged) as caught:
         main(config(epochs=9))
     epoch = at // EPOCH + 1
-    left = last_good(EPOCH) if epoch > 1 else "It has no checkpoint yet."
+    left = last_good(EPOCH) if epoch > 1 else "The run's first checkpoint was yet to come."
     assert str(caught.value) == (
         f"the loss became nan at step {at + 1}, in epoch {epoch}: lower the learning rate. {left}"
     )
@@ -147,6 +148,17 @@ def test_what_a_run_lost_is_trained_again_to_the_same_numbers(capsys):
         np.testing.assert_array_equal(got, wanted)
 
 
+def test_a_full_disk_is_an_error_that_names_the_run(monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(reporting, "plot_curves", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        main(config(epochs=1))
+    assert caught.value.filename == "run"
+    assert steps_saved() == [EPOCH]
+
+
 def test_metrics_behind_the_checkpoint_are_made_up_for():
     main(config(epochs=2))
     whole = (RUN / "metrics.jsonl").read_text()
@@ -164,9 +176,9 @@ def test_a_run_of_which_no_checkpoint_is_whole_is_not_begun_again(capsys):
         (path / "metadata.json").unlink()
     with pytest.raises(cli.UserError) as caught:
         resume()
-    damage = [f"the checkpoint {p.absolute()} is damaged: missing: metadata.json." for p in paths]
+    damage = [f"the checkpoint {p.absolute()} is damaged: missing: metadata.json" for p in paths]
     assert str(caught.value) == (
-        f"cannot resume run: none of its checkpoints can be read: {' '.join(damage)} "
+        f"cannot resume run: none of its checkpoints can be read: {'; '.join(damage)}. "
         "Put a checkpoint back there, or begin again in another folder."
     )
     shutil.rmtree(CHECKPOINTS)

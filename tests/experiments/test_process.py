@@ -39,7 +39,10 @@ def start(script: str, **options) -> subprocess.Popen[str]:
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, error = process.communicate(timeout=60)
+    try:
+        out, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
     return process.returncode, out, error
 
 
@@ -203,6 +206,20 @@ def test_an_import_that_fails_gives_one_line_and_a_status(code, status, message,
     assert "Traceback" in result[2]
 
 
+@pytest.mark.parametrize(
+    ("number", "end"),
+    [(signal.SIGINT, (130, "interrupted")), (signal.SIGTERM, (143, "terminated"))],
+)
+def test_an_experiment_can_be_stopped_while_it_imports_jax(number, end, tmp_path):
+    (tmp_path / "jax.py").write_text(f"import hashlib\nprint('here', flush=True)\n{STUCK}\n")
+    process = experiment(cwd=tmp_path)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(number)
+    status, word = end
+    assert ended(process) == (status, "", f"{word}.\n")
+
+
 @pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="needs /proc")
 @pytest.mark.parametrize(
     ("delay", "number", "status"),
@@ -217,7 +234,7 @@ def test_an_import_that_fails_gives_one_line_and_a_status(code, status, message,
         (5, signal.SIGINT, 130),
     ],
 )
-def test_an_experiment_can_be_stopped_from_its_first_import_on(delay, number, status, tmp_path):
+def test_an_experiment_can_be_stopped_at_any_time(delay, number, status, tmp_path):
     process = experiment("--from-scratch", "--out", "run", cwd=tmp_path)
     wait_for_handlers(process)
     time.sleep(delay)

@@ -18,6 +18,7 @@ import fqt_jax as fqt
 from fqt_jax import kernels
 from fqt_jax.kernels import UnsupportedError, dispatch, native
 from fqt_jax.kernels.dispatch import Implementation, Kernel
+from fqt_jax.sharding import varying_axes
 from tests.kernels.operations import OPERATIONS, implementations, operands
 
 needs_native = pytest.mark.skipif(native.unavailable() is not None, reason="no extension")
@@ -326,6 +327,7 @@ def test_shards(operation, implementation):
 
     def on_each(mine: Any, *rest: Any) -> Any:
         out = run(jax.tree.map(lambda a: a[0], mine), *rest)
+        assert all(varying_axes(leaf) == {"d"} for leaf in jax.tree.leaves(out))
         return jax.tree.map(lambda a: a[None], out)
 
     specs = (P("d"), *[P()] * len(rest))

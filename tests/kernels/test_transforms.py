@@ -208,6 +208,21 @@ def test_moments(implementation, case):
 
 
 @each
+@pytest.mark.parametrize("shape", [(0, 4, 4, 8), (2, 4, 4, 0)])
+def test_moments_of_nothing_are_zero(implementation, shape):
+    for row in moments_of(make_case(0, shape), implementation):
+        np.testing.assert_array_equal(row, np.zeros(shape[3]))
+
+
+@each
+@pytest.mark.parametrize("shape", [(0, 3), (3, 3, 2, 0), (0,)])
+def test_weights_of_nothing(implementation, shape):
+    signs, scale = transforms.encode_weights(jnp.zeros(shape), implementation=implementation)
+    assert signs.words.shape == (0,)
+    np.testing.assert_array_equal(scale, np.zeros(shape[-1]))
+
+
+@each
 def test_moments_of_many_entries_keep_their_digits(implementation):
     """The mean is large beside the deviation, and each sample has many entries."""
     rng = np.random.default_rng(0)

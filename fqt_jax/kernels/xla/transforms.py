@@ -17,6 +17,8 @@ def moments(
     platform: str,
 ) -> tuple[jax.Array, ...]:
     """See :func:`fqt_jax.kernels.moments`."""
+    if source.size == 0:
+        return (jnp.zeros(source.shape[3:], jnp.float32),) * 6
     s = source.astype(jnp.float32)
     rows = [jnp.ones_like(s), s, s * s]
     if weights is not None:
@@ -99,7 +101,9 @@ def gradient(
 
 def encode_weights(w: jax.Array, *, platform: str) -> tuple[PackedBits, jax.Array]:
     """See :func:`fqt_jax.kernels.encode_weights`."""
-    scale = jnp.mean(jnp.abs(w), axis=tuple(range(w.ndim - 1)))
+    scale = jnp.zeros(w.shape[-1:], jnp.float32)
+    if w.size:
+        scale = jnp.mean(jnp.abs(w), axis=tuple(range(w.ndim - 1)))
     return PackedBits.pack(w >= 0, batch_ndim=0), scale
 
 
