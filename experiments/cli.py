@@ -35,6 +35,13 @@ def run(main: Callable[[Config], None], config_type: type[Config]) -> None:
         prog = f"python -m {name}" if name else None
         main(tyro.cli(config_type, prog=prog, description=module.__doc__))
 
+    try:
+        _one_line_for_an_error(go)
+    finally:
+        process.settle()
+
+
+def _one_line_for_an_error(go: Callable[[], None]) -> None:
     if process.wants_traceback():
         go()
         return

@@ -168,6 +168,15 @@ def _write(line: str) -> None:
         os.write(2, f"{newline}{line}\n".encode())
 
 
+def settle() -> None:
+    """Ignores signals from now on: the outcome is written, and only Python's own end is to come.
+
+    Python would first set them back to their default, by which one of them changes the status.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def stopped(stop: Interrupted) -> NoReturn:
     """Ends the process after an interruption that was saved."""
     _write(str(stop))

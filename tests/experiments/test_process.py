@@ -124,6 +124,24 @@ def test_afterwards_signals_end_the_process_at_once_again():
     assert ended(process) == (130, "", "interrupted.\n")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_comes_when_all_is_written_changes_nothing(number):
+    """Python has set signals back to their default when its last thread is joined."""
+    process = start(
+        """
+import atexit, threading
+atexit.register(time.sleep, 0.5)
+threading.Thread(target=time.sleep, args=(0.5,)).start()
+process.settle()
+print("ready")
+"""
+    )
+    for _ in range(20):
+        process.send_signal(number)
+        time.sleep(0.03)
+    assert ended(process) == (0, "", "")
+
+
 def test_a_worker_ends_with_its_parent():
     process = start(f"process.end_with_parent()\nprint('ready')\n{STUCK}", stdin=subprocess.PIPE)
     assert process.poll() is None
