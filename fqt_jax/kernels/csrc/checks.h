@@ -5,30 +5,15 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
-#include <string>
 
-#include "isa.h"
+#include "geometry.h"
+#include "kept.h"
+#include "kernel.h"
+#include "operands.h"
 #include "pages.h"
-#include "parallel.h"
-#include "xla/ffi/api/ffi.h"
+#include "products.h"
 
 namespace fqt {
-
-namespace ffi = xla::ffi;
-
-using Floats = ffi::Buffer<ffi::F32>;
-using Words = ffi::Buffer<ffi::U32>;
-using Ints = ffi::Buffer<ffi::S32>;
-using Dimensions = ffi::AnyBuffer::Dimensions;
-
-// Thrown by the checks below, caught by `guarded`.
-struct Invalid {
-  std::string message;
-};
-
-inline void require(bool condition, const char* message) {
-  if (!condition) throw Invalid{message};
-}
 
 inline int64_t product(std::initializer_list<int64_t> factors) {
   int64_t total = 1;
@@ -36,19 +21,6 @@ inline int64_t product(std::initializer_list<int64_t> factors) {
     require(factor >= 0 && !__builtin_mul_overflow(total, factor, &total), "sizes overflow");
   }
   return total;
-}
-
-inline bool has_shape(Dimensions dimensions, std::initializer_list<int64_t> shape) {
-  return std::equal(dimensions.begin(), dimensions.end(), shape.begin(), shape.end());
-}
-
-inline bool has_shape(Dimensions dimensions, Dimensions shape) {
-  return std::equal(dimensions.begin(), dimensions.end(), shape.begin(), shape.end());
-}
-
-// Asks for no product of the sizes: that of the others may overflow where one is zero.
-inline bool is_empty(Dimensions dimensions) {
-  return std::find(dimensions.begin(), dimensions.end(), 0) != dimensions.end();
 }
 
 inline Axis make_axis(int64_t in, int64_t window, int64_t stride, int64_t before, int64_t after) {
@@ -94,26 +66,25 @@ inline int64_t words_for(int64_t bits) { return (bits + 31) / 32; }
 
 inline Bits sample_bits(const Words& words, const Geometry& g) {
   const int64_t row = words_for(g.y.in * g.x.in * g.c);
-  require(has_shape(words.dimensions(), {g.n, row}), "x has not the words of its shape");
-  return {words.typed_data(), row};
+  require(has_shape(words.shape, {g.n, row}), "x has not the words of its shape");
+  return {words.data, row};
 }
 
 inline Bits weight_bits(const Words& words, const Geometry& g) {
   const int64_t row = words_for(g.taps() * g.c * g.o);
-  require(has_shape(words.dimensions(), {row}), "w has not the words of its shape");
-  return {words.typed_data(), row};
+  require(has_shape(words.shape, {row}), "w has not the words of its shape");
+  return {words.data, row};
 }
-
 
 // No selection keeps everything; `indices` are then empty.
 inline Kept make_indices(bool is_selected, const Ints& indices, int64_t size) {
-  require(indices.dimensions().size() == 1, "indices must be a vector");
-  const int64_t count = indices.dimensions()[0];
+  require(indices.shape.size() == 1, "indices must be a vector");
+  const int64_t count = indices.shape[0];
   if (!is_selected) {
     require(count == 0, "indices without a selection");
     return {size, nullptr, nullptr};
   }
-  const int32_t* index = indices.typed_data();
+  const int32_t* index = indices.data;
   for (int64_t i = 0; i < count; ++i) {
     require(index[i] >= 0 && index[i] < size, "an index of a selection is out of range");
     require(i == 0 || index[i] > index[i - 1], "the indices of a selection must increase");
@@ -122,69 +93,51 @@ inline Kept make_indices(bool is_selected, const Ints& indices, int64_t size) {
 }
 
 inline Kept make_kept(bool is_selected, const Ints& indices, const Floats& weights, int64_t size) {
-  require(has_shape(weights.dimensions(), indices.dimensions()),
+  require(has_shape(weights.shape, indices.shape),
           "indices and weights must be vectors of one length");
   Kept kept = make_indices(is_selected, indices, size);
-  if (is_selected) kept.weights = weights.typed_data();
+  if (is_selected) kept.weights = weights.data;
   return kept;
 }
 
-inline Rounding make_rounding(int64_t bits, const Words& seed, const Floats& lo, const Floats& range,
-                       int64_t groups) {
+inline Rounding make_rounding(int64_t bits, const Words& seed, const Floats& lo,
+                              const Floats& range, int64_t groups) {
   require(bits >= 1 && bits <= 8, "bits must be from 1 to 8");
-  require(has_shape(seed.dimensions(), {2}), "seed must be two words");
-  require(has_shape(lo.dimensions(), {groups}) && has_shape(range.dimensions(), {groups}),
+  require(has_shape(seed.shape, {2}), "seed must be two words");
+  require(has_shape(lo.shape, {groups}) && has_shape(range.shape, {groups}),
           "lo and value_range must have one entry for each kept group");
-  const uint32_t* s = seed.typed_data();
-  return {static_cast<int>(bits), {s[0], s[1]}, lo.typed_data(), range.typed_data()};
+  const uint32_t* s = seed.data;
+  return {static_cast<int>(bits), {s[0], s[1]}, lo.data, range.data};
 }
 
 inline void require_int32_sums(int64_t terms, int bits) {
   require(product({terms, (1 << bits) - 1}) < (int64_t{1} << 31), "sums of codes exceed int32");
 }
 
-// How many threads a pass over that many entries is worth: one costs about as much as 100 one-bit
-// products.
-inline int64_t pass_threads(const ffi::ThreadPool& pool, int64_t entries) {
-  return useful_threads(pool, 100.0 * static_cast<double>(entries));
-}
-
 // The result that XLA has laid over the operand: what is computed replaces what was there.
-inline float* in_place(const Floats& operand, ffi::Result<Floats>& result) {
-  require(result->untyped_data() == operand.untyped_data(), "a result is not that of its operand");
-  return result->typed_data();
+inline float* in_place(const Floats& operand, const FloatsOut& result) {
+  require(result.data == operand.data, "a result is not that of its operand");
+  return result.data;
 }
 
-inline ffi::Future done(const ffi::Error& error = ffi::Error::Success()) {
-  ffi::Promise promise;
-  ffi::Future future(promise);
-  if (error.success()) {
-    promise.SetAvailable();
-  } else {
-    promise.SetError(error);
-  }
-  return future;
+template <typename T>
+size_t bytes_of(const Array<T>& result) {
+  return static_cast<size_t>(entries(result.shape)) * sizeof(T);
+}
+
+// The memory of a large result that is about to be written.
+template <typename T>
+T* to_write(const Array<T>& result) {
+  ask_for_huge_pages(result.data, bytes_of(result));
+  return result.data;
 }
 
 // The results where there is nothing to compute from: what is empty stays so, sums are zero. Kernels
 // are not made for it: sizes of what is empty have no bound.
-template <typename... Results>
-ffi::Future zeros(Results&... results) {
-  (std::memset(results->untyped_data(), 0, results->size_bytes()), ...);
+template <typename... T>
+ffi::Future zeros(const Array<T>&... results) {
+  (std::memset(results.data, 0, bytes_of(results)), ...);
   return done();
-}
-
-// Runs what a check or an allocation may leave by an exception; XLA must see an error instead.
-template <typename F>
-ffi::Future guarded(F run) {
-  try {
-    return run();
-  } catch (const Invalid& invalid) {
-    return done(ffi::Error::InvalidArgument("fqt_jax native kernel: " + invalid.message));
-  } catch (const std::exception& e) {
-    return done(ffi::Error(ffi::ErrorCode::kResourceExhausted,
-                           std::string("fqt_jax native kernel: ") + e.what()));
-  }
 }
 
 }  // namespace fqt

@@ -19,6 +19,11 @@ struct Geometry {
   int64_t taps() const { return y.window * x.window; }
 };
 
+// Multiply-adds of the whole convolution, the measure of how much work there is.
+inline double work(const Geometry& g) {
+  return 1.0 * g.n * g.y.out * g.x.out * g.taps() * g.c * g.o;
+}
+
 // The taps that meet one position, and the positions on the other side that they reach: tap
 // `tap + j * tap_step` meets `source + j * source_step`, for j in [0, count).
 struct Meeting {

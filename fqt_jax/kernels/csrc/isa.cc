@@ -4,49 +4,43 @@
 
 namespace fqt {
 
-namespace portable {
-extern const Kernels kernels;
-}
-namespace avx2 {
-extern const Kernels kernels;
-}
-namespace avx512 {
-extern const Kernels kernels;
-}
-namespace neon {
-extern const Kernels kernels;
+#define FQT_DECLARE_RUNS_HERE(isa, argument) \
+  namespace isa {                            \
+  bool runs_here();                          \
+  }
+FQT_ISAS(FQT_DECLARE_RUNS_HERE, )
+
+std::vector<Isa> supported_isas() {
+  std::vector<Isa> isas;
+#define FQT_ADD(isa, argument) \
+  if (isa::runs_here()) isas.push_back(Isa::isa);
+  FQT_ISAS(FQT_ADD, )
+  return isas;
 }
 
-std::vector<const Kernels*> supported_kernels() {
-  std::vector<const Kernels*> sets;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt")) {
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")) {
-      sets.push_back(&avx512::kernels);
-    }
-    sets.push_back(&avx2::kernels);
-  }
-#elif defined(__aarch64__)
-  sets.push_back(&neon::kernels);
-#endif
-  sets.push_back(&portable::kernels);
-  return sets;
+std::string name_of(Isa isa) {
+#define FQT_STRING_(isa) #isa
+#define FQT_STRING(isa) FQT_STRING_(isa)
+#define FQT_NAME(isa, argument) \
+  case Isa::isa:                \
+    return FQT_STRING(isa);
+  switch (isa) { FQT_ISAS(FQT_NAME, ) }
+  return "";
 }
 
 namespace {
-std::atomic<const Kernels*>& current() {
-  static std::atomic<const Kernels*> kernels{supported_kernels().front()};
-  return kernels;
+std::atomic<Isa>& current() {
+  static std::atomic<Isa> isa{supported_isas().front()};
+  return isa;
 }
 }  // namespace
 
-const Kernels& current_kernels() { return *current().load(); }
+Isa current_isa() { return current().load(); }
 
-bool select_kernels(const std::string& isa) {
-  for (const Kernels* kernels : supported_kernels()) {
-    if (isa == kernels->isa) {
-      current() = kernels;
+bool select_isa(const std::string& name) {
+  for (Isa isa : supported_isas()) {
+    if (name == name_of(isa)) {
+      current() = isa;
       return true;
     }
   }

@@ -1,20 +1,55 @@
-// Which instruction set's kernels run.
+// The instruction sets, and which one's kernels run.
 #pragma once
 
+#include <memory>
 #include <string>
 #include <vector>
 
-#include "product.h"
+#include "job.h"
+
+// Calls X(isa, argument) for each instruction set that is compiled for this processor, the best
+// first. Each names a namespace, whose kernels are in kernels_<isa>.cc.
+#if defined(FQT_ONLY_ISA)  // for tests
+#define FQT_ISAS(X, argument) X(FQT_ONLY_ISA, argument)
+#elif defined(__x86_64__)
+#define FQT_ISAS(X, argument) X(avx512, argument) X(avx2, argument) X(portable, argument)
+#elif defined(__aarch64__)
+#define FQT_ISAS(X, argument) X(neon, argument) X(portable, argument)
+#else
+#define FQT_ISAS(X, argument) X(portable, argument)
+#endif
+
+// States that `Args` are the arguments of a kernel. For each instruction set, its kernels define
+// `std::unique_ptr<Job> make(const Args&)`; `make_job` calls that of one set.
+#define FQT_JOB(Args)                                               \
+  FQT_ISAS(FQT_DECLARE_MAKE, Args)                                  \
+  inline std::unique_ptr<Job> make_job(Isa isa, const Args& args) { \
+    switch (isa) { FQT_ISAS(FQT_CALL_MAKE, Args) }                  \
+    return nullptr;                                                 \
+  }
+#define FQT_DECLARE_MAKE(isa, Args)       \
+  namespace isa {                         \
+  std::unique_ptr<Job> make(const Args&); \
+  }
+#define FQT_CALL_MAKE(isa, Args) \
+  case Isa::isa:                 \
+    return isa::make(args);
 
 namespace fqt {
 
-// The sets that this machine can run, the best first; "portable" is always among them.
-std::vector<const Kernels*> supported_kernels();
+#define FQT_NAME(isa, argument) isa,
+enum class Isa { FQT_ISAS(FQT_NAME, ) };
+#undef FQT_NAME
 
-// The kernels in use: the best ones until select_kernels() has chosen others.
-const Kernels& current_kernels();
+// The sets that this machine can run, the best first; "portable" is always among them.
+std::vector<Isa> supported_isas();
+
+std::string name_of(Isa isa);
+
+// The set in use: the best one until select_isa() has chosen another.
+Isa current_isa();
 
 // Chooses by name. Returns false for a name that is unknown or not supported here.
-bool select_kernels(const std::string& isa);
+bool select_isa(const std::string& name);
 
 }  // namespace fqt

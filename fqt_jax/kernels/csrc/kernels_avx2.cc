@@ -1,6 +1,14 @@
-#include "standard.h"
+#if defined(__x86_64__)
+
+#include "baseline.h"
 
 #include <immintrin.h>
+
+namespace fqt::avx2 {
+bool runs_here() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt");
+}
+}  // namespace fqt::avx2
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,popcnt"))), apply_to = function)
@@ -10,11 +18,13 @@
 #endif
 
 #define FQT_ISA avx2
-#define FQT_SIMD_AVX2
+#define FQT_SIMD "simd_avx2.inc"
 #include "kernels.inc"
 
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
 #pragma GCC pop_options
+#endif
+
 #endif

@@ -1,6 +1,15 @@
-#include "standard.h"
+#if defined(__x86_64__)
+
+#include "baseline.h"
 
 #include <immintrin.h>
+
+namespace fqt::avx512 {
+bool runs_here() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt") &&
+         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
+}
+}  // namespace fqt::avx512
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,popcnt,avx512f,avx512bw"))), apply_to = function)
@@ -13,11 +22,13 @@
 #endif
 
 #define FQT_ISA avx512
-#define FQT_SIMD_AVX512
+#define FQT_SIMD "simd_avx512.inc"
 #include "kernels.inc"
 
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
 #pragma GCC pop_options
+#endif
+
 #endif

@@ -27,11 +27,4 @@ inline void ask_for_huge_pages(void* data, size_t bytes) {
 #endif
 }
 
-// The memory of a result that is about to be written.
-template <typename Result>
-auto* to_write(Result& result) {
-  ask_for_huge_pages(result->untyped_data(), result->size_bytes());
-  return result->typed_data();
-}
-
 }  // namespace fqt

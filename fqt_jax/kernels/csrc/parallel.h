@@ -1,7 +1,10 @@
-// Runs a product's tasks on XLA's intra-op pool without ever waiting for one of them.
+// Runs a job's tasks on XLA's intra-op pool without ever waiting for one of them.
 #pragma once
 
-#include "product.h"
+#include <cstdint>
+#include <memory>
+
+#include "job.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace fqt {
@@ -10,10 +13,12 @@ namespace fqt {
 // the last of them ends. A handler that waited for scheduled tasks would deadlock as soon as
 // there are as many such handlers in flight as threads. The pool must not be used once the handler
 // has returned, so all that is ever scheduled is scheduled here.
-xla::ffi::Future run_tasks(std::unique_ptr<Product> product, xla::ffi::ThreadPool pool,
-                           int64_t threads);
+xla::ffi::Future run_job(std::unique_ptr<Job> job, xla::ffi::ThreadPool pool, int64_t threads);
 
 // How many threads are worth having for that many multiply-adds.
 int64_t useful_threads(const xla::ffi::ThreadPool& pool, double work);
+
+// The same for a pass over that many entries.
+int64_t pass_threads(const xla::ffi::ThreadPool& pool, int64_t entries);
 
 }  // namespace fqt

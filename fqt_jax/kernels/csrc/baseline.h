@@ -1,4 +1,4 @@
-// The standard headers of the kernels; see kernels.inc.
+// All headers that the kernels' fragments need; see kernels.inc.
 #pragma once
 
 #include <algorithm>
@@ -12,5 +12,9 @@
 #include <vector>
 
 #include "buffer.h"
+#include "float_conv.h"
 #include "geometry.h"
-#include "product.h"
+#include "job.h"
+#include "products.h"
+#include "transforms.h"
+#include "weights.h"

@@ -1,0 +1,60 @@
+// Arguments of the integer products; see forward.inc, input_grad.inc and weight_grad.inc.
+#pragma once
+
+#include <cstdint>
+
+#include "geometry.h"
+#include "isa.h"
+#include "kept.h"
+
+namespace fqt {
+
+// Bits of PackedBits: for each row (a sample, or the weights as the only row), `row_words` words.
+struct Bits {
+  const uint32_t* words;
+  int64_t row_words;
+};
+
+// fqt_jax.kernels.contract.Rounding. `lo` and `range` have one entry for each kept group.
+struct Rounding {
+  int bits;
+  uint32_t seed[2];
+  const float* lo;
+  const float* range;
+};
+
+// `threads` is how many may work on the tasks: it decides the cut, never the result.
+struct ForwardArgs {
+  Geometry geometry;
+  Bits x, w;
+  void* z;       // [n, oh, ow, o]
+  bool is_wide;  // z is int32 rather than int16
+  int64_t threads;
+};
+FQT_JOB(ForwardArgs)
+
+struct InputGradArgs {
+  Geometry geometry;
+  const float* g;  // [n, oh, ow, o]
+  Bits w;
+  Kept samples;
+  Rounding rounding;  // groups are the kept samples
+  Bits mask;          // entries of x whose bit is clear get zero; no words: none do
+  bool scatters;      // to all samples; else dx has rows for the kept ones only
+  float* dx;          // [n or samples.count, h, w, c]
+  int64_t threads;
+};
+FQT_JOB(InputGradArgs)
+
+struct WeightGradArgs {
+  Geometry geometry;
+  const float* g;  // [n, oh, ow, o]
+  Bits x;
+  Kept samples, channels;
+  Rounding rounding;  // groups are the kept channels
+  float* dw;          // [kh, kw, c, o]
+  int64_t threads;
+};
+FQT_JOB(WeightGradArgs)
+
+}  // namespace fqt
