@@ -37,8 +37,10 @@ docs: $(VENV)/.docs
 	@echo "the documentation is in build/docs/index.html"
 
 CSRC := fqt_jax/kernels/csrc
-CHECK := -std=c++17 -O1 -ffp-contract=off -fno-trapping-math -fno-math-errno -w -I$(CSRC) tests/kernels/native/check.cc
-PORTABLE := $(CSRC)/isa.cc $(CSRC)/kernels_portable.cc
+CHECK := -std=c++17 -O1 -ffp-contract=off -fno-trapping-math -fno-math-errno -w -I$(CSRC) \
+  $(wildcard tests/kernels/native/check*.cc) $(CSRC)/isa.cc
+# Those for other processors are empty.
+ISAS := $(wildcard $(CSRC)/kernels_*.cc)
 SANITIZE := -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
 # Python itself is not instrumented: the sanitizer's runtime has to be loaded first.
 PRELOAD = $(shell $(CXX) -print-file-name=libasan.so):$(shell $(CXX) -print-file-name=libstdc++.so)
@@ -49,8 +51,7 @@ SANITIZED ?= tests/kernels/test_native.py tests/kernels/test_bad_calls.py tests/
 
 sanitize: $(VENV)/.sanitize
 	mkdir -p build/sanitize
-	$(CXX) $(CHECK) $(PORTABLE) $(CSRC)/kernels_avx2.cc $(CSRC)/kernels_avx512.cc $(SANITIZE) \
-	  -o build/sanitize/check
+	$(CXX) $(CHECK) $(ISAS) $(SANITIZE) -o build/sanitize/check
 	build/sanitize/check 0 $(CASES)
 	$(BIN)/cmake -S $(CSRC) -B build/sanitize/cmake -DFQT_JAX_SANITIZE=ON \
 	  -DPython_EXECUTABLE=$(abspath $(BIN)/python)
@@ -66,12 +67,13 @@ sanitize: $(VENV)/.sanitize
 
 test-neon:
 	mkdir -p build
-	aarch64-linux-gnu-g++ -static $(CHECK) $(PORTABLE) $(CSRC)/kernels_neon.cc -o build/check-neon
+	aarch64-linux-gnu-g++ -static $(CHECK) $(ISAS) -o build/check-neon
 	qemu-aarch64 build/check-neon 0 $(CASES)
 
 test-avx512:
 	mkdir -p build
-	$(CXX) -mavx2 -mpopcnt $(CHECK) tests/kernels/native/avx512_emulated.cc -o build/check-avx512
+	$(CXX) -mavx2 -mpopcnt -DFQT_ONLY_ISA=avx512 $(CHECK) tests/kernels/native/avx512_emulated.cc \
+	  -o build/check-avx512
 	build/check-avx512 0 $(CASES)
 
 clean:

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -330,11 +331,38 @@ def test_an_extension_of_a_newer_interface_is_refused(monkeypatch, newer):
     assert registered
 
 
-def test_an_extension_of_older_sources_is_refused(monkeypatch):
-    import fqt_jax.kernels._native as extension
+def test_an_extension_of_other_sources_is_refused(monkeypatch, tmp_path):
+    assert library._load() is None
+    for path in library._SOURCES.iterdir():
+        if path.is_file():
+            shutil.copy(path, tmp_path)
+    monkeypatch.setattr(library, "_SOURCES", tmp_path)
+    assert library._load() is None
+    (tmp_path / "job.h").write_text("// another")
+    assert "other sources" in library._load()
+    monkeypatch.setattr(library, "_SOURCES", tmp_path / "none")
+    assert library._load() is None
 
-    registrations = extension.registrations()
-    assert set(registrations) == library._KERNELS
-    registrations.pop("fqt_jax_adam")
-    monkeypatch.setattr(extension, "registrations", lambda: registrations)
-    assert "built from older sources" in library._load()
+
+HEADERS = sorted(path.name for path in library._SOURCES.glob("*.h"))
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize("header", HEADERS)
+def test_headers_stand_alone(header):
+    command = ["c++", "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-I."]
+    run = subprocess.run(
+        [*command, "-isystem", jax.ffi.include_dir(), "-x", "c++", "-"],
+        input=f'#include "{header}"\n',
+        cwd=library._SOURCES,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_what_is_included_in_the_kernels_is_a_fragment():
+    includes = re.findall(r'#include "(.*)"', (library._SOURCES / "kernels.inc").read_text())
+    assert includes
+    assert all(name.endswith(".inc") for name in includes)

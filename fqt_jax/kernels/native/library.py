@@ -1,13 +1,14 @@
 """C++ kernels for the CPU, called through XLA's foreign function interface.
 
 Products by table look-up: one byte shuffle looks up the sum of four products in as many channels
-as a vector has bytes (``csrc/tile.h``). Codes are rounded inside the kernel, tile by tile, and the
+as a vector has bytes (``csrc/tile.inc``). Codes are rounded inside the kernel, tile by tile, and the
 samples and channels that were not kept are never read. The instruction set is chosen at import;
 the environment variable ``FQT_JAX_ISA`` (``portable``, ``avx2``, ``avx512``, ``neon``) forces one.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pathlib
 import re
@@ -15,21 +16,7 @@ from typing import Any
 
 import jax
 
-_KERNELS = {
-    "fqt_jax_forward",
-    "fqt_jax_input_grad",
-    "fqt_jax_weight_grad",
-    "fqt_jax_moments",
-    "fqt_jax_encode",
-    "fqt_jax_encode_weights",
-    "fqt_jax_activate",
-    "fqt_jax_gradient_sums",
-    "fqt_jax_gradient",
-    "fqt_jax_finish_weight_grad",
-    "fqt_jax_float_conv",
-    "fqt_jax_float_conv_weight_grad",
-    "fqt_jax_adam",
-}
+_SOURCES = pathlib.Path(__file__).parents[1] / "csrc"
 
 
 def _load() -> str | None:
@@ -40,9 +27,9 @@ def _load() -> str | None:
         return "the extension was not built (no C++ compiler when fqt_jax was installed?)"
     except ImportError as error:
         return f"the extension does not load: {error}"
-    registrations = _native.registrations()
-    if not hasattr(_native, "ffi_version") or not registrations.keys() >= _KERNELS:
-        return "the extension was built from older sources: install fqt_jax again"
+    # An installed package has no sources beside it.
+    if _SOURCES.exists() and getattr(_native, "sources_digest", str)() != _sources_digest():
+        return "the extension was built from other sources than those here: install fqt_jax again"
     built, here = _native.ffi_version(), _installed_ffi_version()
     if built[0] != here[0] or built > here:
         # Registered all the same, such kernels would keep JAX's CPU backend from starting.
@@ -50,9 +37,20 @@ def _load() -> str | None:
             "the extension was built for version {}.{} of XLA's foreign function interface, and "
             "the installed jaxlib has {}.{}: install fqt_jax again".format(*built, *here)
         )
-    for name, capsule in registrations.items():
+    for name, capsule in _native.registrations().items():
         jax.ffi.register_ffi_target(name, capsule, platform="cpu")
     return None
+
+
+def _sources_digest() -> str:
+    """Digest of the C++ sources, as ``csrc/CMakeLists.txt`` has it."""
+    parts = sorted(
+        path
+        for path in _SOURCES.iterdir()
+        if path.suffix in (".cc", ".h", ".inc") or path.name == "CMakeLists.txt"
+    )
+    lines = (f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in parts)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _installed_ffi_version() -> tuple[int, int]:

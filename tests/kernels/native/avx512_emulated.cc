@@ -1,7 +1,7 @@
 // The AVX-512 kernels through SIMDe (Debian: libsimde-dev), which writes their intrinsics in terms
-// of what the machine has. For the check program, in place of isa.cc.
+// of what the machine has. For the check program, in place of kernels_avx512.cc, with FQT_ONLY_ISA.
 
-#include "standard.h"
+#include "baseline.h"
 
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>
@@ -14,12 +14,10 @@ inline __m512i cvtepu16_epi32(__m256i v) {
 }
 #define _mm512_cvtepu16_epi32 cvtepu16_epi32
 
+namespace fqt::avx512 {
+bool runs_here() { return true; }
+}  // namespace fqt::avx512
+
 #define FQT_ISA avx512
-#define FQT_SIMD_AVX512
+#define FQT_SIMD "simd_avx512.inc"
 #include "kernels.inc"
-
-#include "isa.h"
-
-namespace fqt {
-std::vector<const Kernels*> supported_kernels() { return {&avx512::kernels}; }
-}  // namespace fqt

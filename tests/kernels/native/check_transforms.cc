@@ -1,5 +1,13 @@
-// The scalar reference of what stands between two products, and its comparison with the kernels.
-// Included by check.cc, whose helpers it uses.
+// What stands between two products against a plain scalar reference.
+
+#include "transforms.h"
+
+#include <cmath>
+
+#include "check.h"
+
+namespace fqt {
+namespace {
 
 struct TransformCase {
   Random random;
@@ -251,17 +259,7 @@ struct TransformCase {
   }
 };
 
-// Bits of rows as PackedBits.
-template <typename Test>
-std::vector<uint32_t> packed(const std::vector<float>& values, int64_t rows, Test test) {
-  const int64_t size = static_cast<int64_t>(values.size()) / rows, words = (size + 31) / 32;
-  std::vector<uint32_t> out(static_cast<size_t>(rows * words));
-  for (int64_t i = 0; i < rows * size; ++i) {
-    const uint32_t bit = test(values[static_cast<size_t>(i)]);
-    out[static_cast<size_t>(i / size * words + i % size / 32)] |= bit << (i % size % 32);
-  }
-  return out;
-}
+}  // namespace
 
 bool check_transforms(uint64_t seed) {
   TransformCase c(seed);
@@ -271,81 +269,53 @@ bool check_transforms(uint64_t seed) {
   const std::vector<float> t = c.activated(), moments = c.moments(), g = c.gradient(),
                            sums = c.gradient_sums(), lo = c.bounds(g, true), hi = c.bounds(g, false);
   bool is_good = true;
-  for (const Kernels* kernels : supported_kernels()) {
+  for (Isa isa : supported_isas()) {
     auto expect = [&](bool condition, const char* kernel) {
       if (condition) return;
       is_good = false;
       std::printf("seed %llu: %s of %s differs (n %lld h %lld w %lld c %lld pool %lld)\n",
-                  static_cast<unsigned long long>(seed), kernel, kernels->isa,
+                  static_cast<unsigned long long>(seed), kernel, name_of(isa).c_str(),
                   static_cast<long long>(shape.n), static_cast<long long>(shape.h),
                   static_cast<long long>(shape.w), static_cast<long long>(shape.c),
                   static_cast<long long>(c.pool));
     };
     const float garbage = 12345;
     std::vector<float> out(t.size(), garbage);
-    run(kernels->activate({c.args(), nullptr, nullptr, out.data()}), c.random);
+    run(isa, ActivateArgs{c.args(), nullptr, nullptr, out.data()}, c.random);
     expect(same(out, t), "activate");
     std::vector<float> sum(t);
     for (size_t i = 0; i < t.size(); ++i) {
       sum[i] = t[i] + c.weights[i / (t.size() / static_cast<size_t>(shape.n))] + t[i];
     }
-    run(kernels->activate({c.args(), c.weights.data(), t.data(), out.data()}), c.random);
+    run(isa, ActivateArgs{c.args(), c.weights.data(), t.data(), out.data()}, c.random);
     expect(same(out, sum), "activate and add");
     const std::vector<uint32_t> signs = packed(t, shape.n, positive), clip = packed(t, shape.n, inside);
     std::vector<uint32_t> got_signs(signs.size(), 99), got_clip(clip.size(), 99);
     std::vector<float> nan(static_cast<size_t>(shape.n), garbage);
     const auto words = static_cast<int64_t>(signs.size()) / shape.n;
-    run(kernels->encode({c.args(), got_signs.data(), got_clip.data(), words, nan.data()}), c.random);
+    run(isa, EncodeArgs{c.args(), got_signs.data(), got_clip.data(), words, nan.data()}, c.random);
     std::vector<float> expected_nan(nan.size(), 0.0f);
     for (size_t i = 0; i < t.size(); ++i) {
       if (t[i] != t[i]) expected_nan[i / (t.size() / nan.size())] = t[i];
     }
     expect(got_signs == signs && got_clip == clip && same(nan, expected_nan), "encode");
     out.assign(moments.size(), garbage);
-    run(kernels->moments({shape, c.source(), c.type, c.coefficients.data(), c.sample_weights(),
-                          out.data()}),
+    run(isa, MomentsArgs{shape, c.source(), c.type, c.coefficients.data(), c.sample_weights(),
+                          out.data()},
         c.random);
     expect(same(out, moments), "moments");
     out.assign(sums.size(), garbage);
-    run(kernels->gradient_sums({c.args(), c.d.data(), c.kept(), out.data()}), c.random);
+    run(isa, GradientSumsArgs{c.args(), c.d.data(), c.kept(), out.data()}, c.random);
     expect(same(out, sums), "gradient_sums");
     out.assign(g.size(), garbage);
     std::vector<float> got_lo(lo.size(), garbage), got_hi(hi.size(), garbage);
-    run(kernels->gradient({c.args(), c.d.data(), c.kept(), c.sample_weights(), out.data(),
-                           got_lo.data(), got_hi.data()}),
+    run(isa, GradientArgs{c.args(), c.d.data(), c.kept(), c.sample_weights(), out.data(),
+                           got_lo.data(), got_hi.data()},
         c.random);
     expect(same(out, g), "gradient");
     expect(same(got_lo, lo) && same(got_hi, hi), "bounds");
-    const int64_t rows = static_cast<int64_t>(c.real.size()) / shape.c;
-    const std::vector<uint32_t> of_weights = packed(c.real, 1, positive);
-    std::vector<uint32_t> got(of_weights.size(), 99);
-    std::vector<float> scale(static_cast<size_t>(shape.c), garbage);
-    run(kernels->encode_weights({c.real.data(), rows, shape.c, got.data(), scale.data()}), c.random);
-    expect(got == of_weights, "encode_weights");
-    for (int64_t k = 0; k < shape.c; ++k) {
-      double mean = 0;
-      for (int64_t i = 0; i < rows; ++i) {
-        mean += std::fabs(static_cast<double>(c.real[static_cast<size_t>(i * shape.c + k)])) /
-                static_cast<double>(rows);
-      }
-      const auto found = static_cast<double>(scale[static_cast<size_t>(k)]);
-      const bool overflows = mean * static_cast<double>(rows) > 1e38;  // the sum, a float
-      const bool is_close = std::fabs(found - mean) <= 1e-5 * mean + 1e-30;
-      expect(is_close || found == mean || (found != found && mean != mean) || overflows,
-             "scale");
-    }
-    std::vector<float> dw(c.narrow.begin(), c.narrow.end()), finished(dw);
-    const bool clips = c.is_weighted;
-    for (size_t i = 0; i < dw.size(); ++i) {
-      const float w = c.real[i];
-      const float clipped = !clips || std::fabs(w) <= 1.0f ? dw[i] : 0.0f;
-      const float sign = w > 0.0f ? 1.0f : w < 0.0f ? -1.0f : w;
-      finished[i] = clipped + sign * c.row(2, static_cast<int64_t>(i) % shape.c);
-    }
-    run(kernels->finish_weight_grad({c.real.data(), c.coefficients.data() + 2 * shape.c, rows,
-                                     shape.c, clips, dw.data()}),
-        c.random);
-    expect(same(dw, finished), "finish_weight_grad");
   }
   return is_good;
 }
+
+}  // namespace fqt
