@@ -126,6 +126,15 @@ def no_samples_of_a_huge_image() -> Call:
     )
 
 
+def moments_of_doubtful_type(result: bool) -> Call:
+    call = calls.moments(RNG, (2, 4, 4, 8))
+    if result:
+        call.results = [(call.results[0][0], np.int32)]
+    else:
+        call.operands[1] = call.operands[1].astype(np.int32)
+    return call
+
+
 def mostly_padding() -> Call:
     far = 2**14
     return conv("float_conv", padding=(far, far, far, far), strides=(far, far))
@@ -139,6 +148,8 @@ MENDED = {
     "offsets of rank 2": (lambda: transform("activate", 2, (0, 1)), "one for each sample"),
     "nothing added of rank 2": (lambda: transform("activate", 3, (0, 1)), "added has the wrong"),
     "adam's shapes": (adam_of_other_shapes, "must have the same shape"),
+    "an operand's type": (lambda: moments_of_doubtful_type(False), "operand 1 must be float32"),
+    "a result's type": (lambda: moments_of_doubtful_type(True), "result 0 must be float32"),
     "sizes that overflow": (no_samples_of_a_huge_image, "the input is too large"),
     "padding that fills the memory": (mostly_padding, "the padded image is too large"),
 }

@@ -268,7 +268,7 @@ def _with(sizes, **changes):
     [
         (lambda x, w: {"x": x[:, :-1]}, "words of its shape"),
         (lambda x, w: {"x": x[0]}, "words of samples"),
-        (lambda x, w: {"x": x.astype(jnp.int32)}, "[Dd]ata ?type|dtype"),
+        (lambda x, w: {"x": x.astype(jnp.int32)}, "operand 0 must be uint32"),
         (lambda x, w: {"w": w[:-1]}, "words of its shape"),
         (lambda x, w: {"shape": (4, 7, 7, 69)}, "wrong shape"),
         (lambda x, w: {"dtype": jnp.int32}, "wrong type"),
