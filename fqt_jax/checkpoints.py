@@ -47,7 +47,7 @@ def save_checkpoint(path: Path, state: TrainState, metadata: dict[str, Any]) -> 
       metadata: what else to keep; JSON values only.
 
     Raises:
-      CheckpointError: the folder exists or cannot be written. Nothing is left behind.
+      CheckpointError: the folder exists or cannot be written. No part of it is left behind.
     """
     path = pathlib.Path(path).absolute()
     if path.exists():

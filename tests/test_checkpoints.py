@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
 import fqt_jax as fqt
-from fqt_jax import checkpoints, checksums
+from fqt_jax import array_files, checkpoints, checksums
 from fqt_jax.checkpoints import (
     CheckpointError,
     latest_checkpoint,
@@ -228,6 +229,31 @@ def test_a_checkpoint_is_never_overwritten(tmp_path):
     with pytest.raises(CheckpointError, match="exists already"):
         save_checkpoint(tmp_path / "c", numbers(2), {})
     assert int(restore_checkpoint(tmp_path / "c", numbers(0)).step) == 1
+
+
+@pytest.mark.parametrize("change", ["merge", "value", "name", "type"])
+def test_what_is_not_read_back_as_it_was_is_no_checkpoint(tmp_path, monkeypatch, change):
+    if change == "merge":  # of Orbax's files, which finds none without an error
+        monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "finalize", lambda *_: None)
+    else:
+        read = array_files.read_arrays
+
+        def changed(folder):
+            arrays = read(folder)
+            value = arrays.pop("step")
+            return (
+                arrays
+                | {
+                    "value": {"step": value + 1},
+                    "name": {"steps": value},
+                    "type": {"step": value.view(np.uint32)},
+                }[change]
+            )
+
+        monkeypatch.setattr(array_files, "read_arrays", changed)
+    with pytest.raises(CheckpointError, match="c: what was written cannot be read back"):
+        save_checkpoint(tmp_path / "c", numbers(1), {})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_cannot_be_written_leaves_nothing_behind(tmp_path):

@@ -460,6 +460,18 @@ def test_what_does_not_fuse_is_called_and_explained(monkeypatch):
     assert_both_forms_agree(net, images(), 1e-3, monkeypatch)
 
 
+def test_a_subclass_of_a_layer_is_called():
+    class Doubled(fqt.QuantLinear):
+        def __call__(self, x):
+            return 2 * super().__call__(x)
+
+    layer = Doubled(8, 4, recipe=fqt.QAT, rngs=nnx.Rngs(0))
+    net = fqt.Sequential(layer, nnx.relu)
+    assert net.explain()[0].why == "Doubled has behaviour of its own"
+    x = jax.random.normal(jax.random.key(0), (3, 8))
+    np.testing.assert_array_equal(net(x), nnx.relu(layer(x)))
+
+
 def test_nested_sequences_fuse_as_one(monkeypatch):
     rngs = nnx.Rngs(params=0, rounding=1)
     inner = [fqt.Sequential(conv(8, 8, fqt.QAT, rngs=rngs), nnx.relu) for _ in range(2)]

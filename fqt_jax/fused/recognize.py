@@ -122,6 +122,8 @@ def recognize(layer: Any) -> Part:
     if isinstance(layer, QuantConv | QuantLinear):
         if layer.kernel.size == 0:
             return Part(layer, "other", "it has no weights")
+        if type(layer) not in (QuantConv, QuantLinear):
+            return Part(layer, "other", f"{type(layer).__name__} has behaviour of its own")
         return Part(layer, "product" if layer.recipe.binary else "float product")
     if isinstance(layer, nnx.BatchNorm):
         why = _why_not_norm(layer)
