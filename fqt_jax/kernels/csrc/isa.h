@@ -7,10 +7,18 @@
 
 #include "job.h"
 
+// Linux on x86-64, and a compiler that knows the tile instructions.
+#if defined(__x86_64__) && defined(__linux__) && !defined(FQT_ONLY_ISA) && \
+    (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define FQT_AMX
+#endif
+
 // Calls X(isa, argument) for each instruction set that is compiled for this processor, the best
 // first. Each names a namespace, whose kernels are in kernels_<isa>.cc.
 #if defined(FQT_ONLY_ISA)  // for tests
 #define FQT_ISAS(X, argument) X(FQT_ONLY_ISA, argument)
+#elif defined(FQT_AMX)
+#define FQT_ISAS(X, argument) X(amx, argument) X(avx512, argument) X(avx2, argument) X(portable, argument)
 #elif defined(__x86_64__)
 #define FQT_ISAS(X, argument) X(avx512, argument) X(avx2, argument) X(portable, argument)
 #elif defined(__aarch64__)
