@@ -57,6 +57,12 @@ def _rounding(groups, k, bits=4, samples=None, channels=None):
     return Rounding(lo, value_range, jnp.asarray(SEED), samples, channels, bits, groups)
 
 
+def _supported():
+    from fqt_jax.kernels import _native
+
+    return _native.supported_isas()
+
+
 def _products(rng, bits):
     """All three products of one layer, with pruned samples and channels."""
     x, w, g = _operands(rng)
@@ -81,6 +87,46 @@ def test_instruction_sets_agree_bit_for_bit(bits):
                 np.testing.assert_array_equal(a, b, err_msg=isa)
     finally:
         _native.select_isa(best)
+
+
+@pytest.mark.skipif("amx" not in _supported(), reason="no matrix tiles here")
+@pytest.mark.parametrize("bits", [1, 4, 8])
+def test_matrix_tiles_agree_bit_for_bit_with_look_up(bits):
+    from fqt_jax.kernels import _native
+
+    assert not _native.product_uses_tiles("forward", 1, [3, 3, 8, 8, 3, 3, 1, 1, 1, 1, 1, 1], 1, 8)
+    expected = _products(np.random.default_rng(0), bits)
+    _native.prefer_tiles(True)
+    try:
+        jax.clear_caches()
+        for a, b in zip(_products(np.random.default_rng(0), bits), expected, strict=True):
+            np.testing.assert_array_equal(a, b)
+    finally:
+        _native.prefer_tiles(False)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"product": "adam"}, "must be forward, input_grad or weight_grad"),
+        ({"sizes": [3, 3]}, "sizes must be 12 numbers"),
+        ({"samples": 3}, "samples are out of range"),
+        ({"channels": -1}, "channels are out of range"),
+        ({"n": 2**60}, "the input is too large"),
+    ],
+)
+def test_the_choice_of_a_kernel_checks_its_arguments(changed, message):
+    from fqt_jax.kernels import _native
+
+    arguments = {
+        "product": "forward",
+        "n": 2,
+        "sizes": [3, 3, 8, 8, 3, 3, 1, 1, 1, 1, 1, 1],
+        "samples": 2,
+        "channels": 8,
+    }
+    with pytest.raises(ValueError, match=message):
+        _native.product_uses_tiles(**(arguments | changed))
 
 
 def _run(code, **environment):
@@ -161,12 +207,6 @@ def test_an_instruction_set_without_the_extension_is_refused(monkeypatch):
     assert "cannot be used: it was not built" in library._select_isa("it was not built")
     monkeypatch.delenv("FQT_JAX_ISA")
     assert library._select_isa("it was not built") is None
-
-
-def _supported():
-    from fqt_jax.kernels import _native
-
-    return _native.supported_isas()
 
 
 def test_many_calls_in_flight_do_not_hang():

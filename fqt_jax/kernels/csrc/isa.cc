@@ -47,4 +47,12 @@ bool select_isa(const std::string& name) {
   return false;
 }
 
+namespace {
+std::atomic<bool> always_tiles{false};
+}  // namespace
+
+void prefer_tiles(bool always) { always_tiles = always; }
+
+bool always_prefers_tiles() { return always_tiles.load(); }
+
 }  // namespace fqt

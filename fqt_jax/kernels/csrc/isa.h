@@ -43,6 +43,23 @@
   case Isa::isa:                 \
     return isa::make(args);
 
+// States that `Args` are the arguments of a kernel that may come in two forms: `uses_tiles` says whether
+// an instruction set's is on matrix tiles rather than by look-up.
+#define FQT_PRODUCT(Args)                                      \
+  FQT_JOB(Args)                                                \
+  FQT_ISAS(FQT_DECLARE_USES_TILES, Args)                       \
+  inline bool uses_tiles(Isa isa, const Args& args) {          \
+    switch (isa) { FQT_ISAS(FQT_CALL_USES_TILES, Args) }       \
+    return false;                                              \
+  }
+#define FQT_DECLARE_USES_TILES(isa, Args) \
+  namespace isa {                         \
+  bool uses_tiles(const Args&);           \
+  }
+#define FQT_CALL_USES_TILES(isa, Args) \
+  case Isa::isa:                       \
+    return isa::uses_tiles(args);
+
 namespace fqt {
 
 #define FQT_NAME(isa, argument) isa,
@@ -59,5 +76,9 @@ Isa current_isa();
 
 // Chooses by name. Returns false for a name that is unknown or not supported here.
 bool select_isa(const std::string& name);
+
+// For tests: whether tiles are used, where there are any, for shapes too for which they are slower.
+void prefer_tiles(bool always);
+bool always_prefers_tiles();
 
 }  // namespace fqt

@@ -31,7 +31,7 @@ struct ForwardArgs {
   bool is_wide;  // z is int32 rather than int16
   int64_t threads;
 };
-FQT_JOB(ForwardArgs)
+FQT_PRODUCT(ForwardArgs)
 
 struct InputGradArgs {
   Geometry geometry;
@@ -44,7 +44,7 @@ struct InputGradArgs {
   float* dx;          // [n or samples.count, h, w, c]
   int64_t threads;
 };
-FQT_JOB(InputGradArgs)
+FQT_PRODUCT(InputGradArgs)
 
 struct WeightGradArgs {
   Geometry geometry;
@@ -55,6 +55,6 @@ struct WeightGradArgs {
   float* dw;          // [kh, kw, c, o]
   int64_t threads;
 };
-FQT_JOB(WeightGradArgs)
+FQT_PRODUCT(WeightGradArgs)
 
 }  // namespace fqt

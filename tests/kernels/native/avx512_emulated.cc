@@ -6,13 +6,7 @@
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>
 
-// Missing in SIMDe 0.7.
-inline __m512i cvtepu16_epi32(__m256i v) {
-  const __m256i low = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(v));
-  const __m256i high = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(v, 1));
-  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-}
-#define _mm512_cvtepu16_epi32 cvtepu16_epi32
+#include "simde_missing.h"
 
 namespace fqt::avx512 {
 bool runs_here() { return true; }
