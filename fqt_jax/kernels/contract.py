@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from fqt_jax.binarize import PackedBits
+from fqt_jax.recipe import GroupAxis
 from fqt_jax.samplers import Selection
 
 Pair = tuple[int, int]
-GroupAxis = Literal["samples", "channels"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,21 +19,20 @@ that no operand of the contraction is ever unpacked to floats as a whole.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from fqt_jax.binarize import PackedBits
-from fqt_jax.kernels.contract import Pair, Rounding, Window, exceeds_int32, sum_dtype
+from fqt_jax.kernels.contract import Pair, Rounding, Window, sum_dtype
 from fqt_jax.kernels.dispatch import Implementation, Kernel
 from fqt_jax.kernels.scaling import (
+    declines_input_grad,
+    declines_weight_grad,
     gradient_codes,
     input_sign_sums,
-    kept_positions,
     per_sample,
     scale_input_grad,
     scale_weight_grad,
@@ -248,26 +247,6 @@ def _weigh_planes(counts: jax.Array) -> jax.Array:
 def _block(entries: int) -> int:
     """How many samples of ``entries`` entries make a block."""
     return max(1, _BLOCK // entries)
-
-
-def declines_input_grad(
-    g: jax.Array, w: PackedBits, rounding: Rounding | None, mask: Any, *, window: Window, **_: Any
-) -> str | None:
-    """Why an input gradient is not served."""
-    if rounding is None:
-        return "a gradient that is not rounded has no bit planes"
-    return exceeds_int32(math.prod(window.size) * w.shape[3], rounding.bits)
-
-
-def declines_weight_grad(
-    g: jax.Array, x: PackedBits, rounding: Rounding | None, **_: Any
-) -> str | None:
-    """Why a weight gradient is not served."""
-    if rounding is None:
-        return "a gradient that is not rounded has no bit planes"
-    if rounding.groups == "samples":
-        return "the scale of a group of samples lies inside the sum"
-    return exceeds_int32(kept_positions(g, rounding), rounding.bits)
 
 
 IMPLEMENTATION = Implementation(

@@ -14,7 +14,6 @@ variable ``FQT_JAX_PALLAS_INTERPRET`` is ``1``.
 from __future__ import annotations
 
 import functools
-import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from fqt_jax.binarize import PackedBits
-from fqt_jax.kernels.contract import Pair, Rounding, Window, exceeds_int32, sum_dtype
+from fqt_jax.kernels.contract import Pair, Rounding, Window, sum_dtype
 from fqt_jax.kernels.dispatch import Implementation, Kernel
 from fqt_jax.kernels.packed import channel_bytes, pack_bytes, spread, tap_columns
 from fqt_jax.kernels.pallas_tiles import (
@@ -36,9 +35,10 @@ from fqt_jax.kernels.pallas_tiles import (
 )
 from fqt_jax.kernels.scaling import (
     code_grid,
+    declines_input_grad,
+    declines_weight_grad,
     gradient_codes,
     input_sign_sums,
-    kept_positions,
     per_sample,
     scale_input_grad,
     scale_weight_grad,
@@ -254,26 +254,6 @@ def weight_grad(
     total = jnp.sum(sums, axis=0)[:, :n_rows, :o].reshape(8, kh, kw, plan.n_bytes, o)
     total = total.transpose(1, 2, 3, 0, 4).reshape(kh, kw, plan.n_bytes * 8, o)[:, :, :c]
     return scale_weight_grad(total, sign_sums, rounding, g.shape[3])
-
-
-def declines_input_grad(
-    g: jax.Array, w: PackedBits, rounding: Rounding | None, mask: Any, *, window: Window, **_: Any
-) -> str | None:
-    """Why an input gradient is not served."""
-    if rounding is None:
-        return "a gradient that is not rounded is a product of floats"
-    return exceeds_int32(math.prod(window.size) * w.shape[3], rounding.bits)
-
-
-def declines_weight_grad(
-    g: jax.Array, x: PackedBits, rounding: Rounding | None, **_: Any
-) -> str | None:
-    """Why a weight gradient is not served."""
-    if rounding is None:
-        return "a gradient that is not rounded is a product of floats"
-    if rounding.groups == "samples":
-        return "the scale of a group of samples lies inside the sum"
-    return exceeds_int32(kept_positions(g, rounding), rounding.bits)
 
 
 IMPLEMENTATION = Implementation(

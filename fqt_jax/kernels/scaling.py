@@ -9,13 +9,16 @@ signs alone, which the zero point multiplies::
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from fqt_jax.binarize import PackedBits
-from fqt_jax.kernels.contract import Pair, Rounding, Window
+from fqt_jax.kernels.contract import Pair, Rounding, Window, exceeds_int32
 from fqt_jax.rounding import code_scale, flat_index, round_to_codes
 from fqt_jax.samplers import Selection
 
@@ -65,6 +68,26 @@ def kept_positions(g: jax.Array, rounding: Rounding) -> int:
     """Over how many entries of each channel the weight gradient sums."""
     samples = g.shape[0] if rounding.samples is None else rounding.samples.indices.shape[0]
     return samples * g.shape[1] * g.shape[2]
+
+
+def declines_input_grad(
+    g: jax.Array, w: PackedBits, rounding: Rounding | None, mask: Any, *, window: Window, **_: Any
+) -> str | None:
+    """Why an input gradient is no sum of integers that fits in 32 bits; ``None`` where it is."""
+    if rounding is None:
+        return "a gradient that is not rounded is a product of floats"
+    return exceeds_int32(math.prod(window.size) * w.shape[3], rounding.bits)
+
+
+def declines_weight_grad(
+    g: jax.Array, x: PackedBits, rounding: Rounding | None, **_: Any
+) -> str | None:
+    """Why a weight gradient is no sum of integers that fits in 32 bits; ``None`` where it is."""
+    if rounding is None:
+        return "a gradient that is not rounded is a product of floats"
+    if rounding.groups == "samples":
+        return "the scale of a group of samples lies inside the sum"
+    return exceeds_int32(kept_positions(g, rounding), rounding.bits)
 
 
 def take(x: PackedBits, samples: Selection | None) -> PackedBits:

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fqt_jax.binarize import WORD_BITS, PackedBits
-from fqt_jax.kernels.contract import Pair, Rounding, Window, exceeds_int32, sum_dtype
+from fqt_jax.kernels.contract import Pair, Rounding, Window, sum_dtype
 from fqt_jax.kernels.dispatch import Kernel
 from fqt_jax.kernels.native.library import call
-from fqt_jax.kernels.scaling import kept_positions
+from fqt_jax.kernels.scaling import declines_input_grad, declines_weight_grad
 from fqt_jax.kernels.transforms import Flow, Line, pooled_shape
 from fqt_jax.kernels.xla import IMPLEMENTATION as XLA
 from fqt_jax.samplers import Selection
@@ -57,14 +57,6 @@ def _input_grad(
     )
 
 
-def _declines_input_grad(
-    g: jax.Array, w: PackedBits, rounding: Rounding | None, mask: Any, *, window: Window, **_: Any
-) -> str | None:
-    if rounding is None:
-        return "float gradients are left to XLA"
-    return exceeds_int32(math.prod(window.size) * w.shape[3], rounding.bits)
-
-
 def _weight_grad(
     g: jax.Array, x: PackedBits, rounding: Rounding, *, window: Window, platform: str
 ) -> jax.Array:
@@ -85,16 +77,6 @@ def _weight_grad(
         selects_samples=rounding.samples is not None,
         selects_channels=rounding.channels is not None,
     )
-
-
-def _declines_weight_grad(
-    g: jax.Array, x: PackedBits, rounding: Rounding | None, **_: Any
-) -> str | None:
-    if rounding is None:
-        return "float gradients are left to XLA"
-    if rounding.groups == "samples":
-        return "scales of samples lie inside the sum over samples"
-    return exceeds_int32(kept_positions(g, rounding), rounding.bits)
 
 
 def _moments(
@@ -276,8 +258,8 @@ KERNELS = {
     # Float convolutions but those of images, and what is empty, are XLA's.
     **XLA.kernels,
     "forward": Kernel(_forward),
-    "input_grad": Kernel(_input_grad, _declines_input_grad),
-    "weight_grad": Kernel(_weight_grad, _declines_weight_grad),
+    "input_grad": Kernel(_input_grad, declines_input_grad),
+    "weight_grad": Kernel(_weight_grad, declines_weight_grad),
     **{
         operation: _or_xla(operation, Kernel(run, declines))
         for operation, run, declines in (
