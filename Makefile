@@ -73,7 +73,7 @@ test-neon:
 
 test-avx512 test-amx: test-%:
 	mkdir -p build
-	$(CXX) -mavx2 -mpopcnt -mbmi2 -DFQT_ONLY_ISA=$* $(CHECK) tests/kernels/native/$*_emulated.cc \
+	$(CXX) -mavx2 -mfma -mpopcnt -mbmi2 -DFQT_ONLY_ISA=$* $(CHECK) tests/kernels/native/$*_emulated.cc \
 	  -o build/check-$*
 	build/check-$* 0 $(CASES)
 

@@ -87,4 +87,27 @@ std::vector<PositionClass> position_classes(const Axis& axis, int64_t size, Meet
   return classes;
 }
 
+// Along one axis, positions that meet taps in the same way: the position first + i * step meets, by
+// the tap `tap + j * tap_step`, the source start + i * source_step + j, for i in [0, count) and j in
+// [0, window). Sources outside the image are zero.
+struct Lattice {
+  int64_t first, step, count, start, source_step, window, tap, tap_step;
+
+  int64_t first_source() const { return start; }
+  int64_t last_source() const { return start + (count - 1) * source_step + window - 1; }
+};
+
+inline Lattice output_lattice(const Axis& axis) {
+  return {0, 1, axis.out, -axis.before, axis.stride, axis.window, 0, 1};
+}
+
+// Input positions with one remainder by the stride: they meet every stride-th tap, in reverse.
+inline Lattice input_lattice(const Axis& axis, int64_t remainder) {
+  const int64_t tap = (remainder + axis.before) % axis.stride;
+  const int64_t source = (remainder + axis.before) / axis.stride;
+  const int64_t taps = tap < axis.window ? (axis.window - 1 - tap) / axis.stride + 1 : 0;
+  return {remainder, axis.stride, (axis.in - 1 - remainder) / axis.stride + 1,
+          source - (taps - 1), 1, taps, tap + (taps - 1) * axis.stride, -axis.stride};
+}
+
 }  // namespace fqt

@@ -34,10 +34,10 @@ bool runs_here() {
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target(
-    "avx2,popcnt,bmi2,avx512f,avx512bw,avx512vbmi,amx-tile,amx-int8")), apply_to = function)
+    "avx2,fma,popcnt,bmi2,avx512f,avx512bw,avx512vbmi,amx-tile,amx-int8")), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,popcnt,bmi2,avx512f,avx512bw,avx512vbmi,amx-tile,amx-int8")
+#pragma GCC target("avx2,fma,popcnt,bmi2,avx512f,avx512bw,avx512vbmi,amx-tile,amx-int8")
 // GCC's own headers leave registers undefined on purpose.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"

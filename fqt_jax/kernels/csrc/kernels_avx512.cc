@@ -6,16 +6,17 @@
 
 namespace fqt::avx512 {
 bool runs_here() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt") &&
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("popcnt") &&
          __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
 }
 }  // namespace fqt::avx512
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,popcnt,avx512f,avx512bw"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,popcnt,avx512f,avx512bw"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,popcnt,avx512f,avx512bw")
+#pragma GCC target("avx2,fma,popcnt,avx512f,avx512bw")
 // GCC's own headers leave registers undefined on purpose.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"

@@ -11,6 +11,8 @@
 namespace fqt {
 namespace {
 
+constexpr double kFloatProduct = 8;  // about so many one-bit products take as long
+
 ffi::Future forward(ffi::ThreadPool pool, Words x, Words w, ffi::Result<ffi::AnyBuffer> z,
                     Sizes sizes) {
   require(x.shape.size() == 2, "x must be words of samples");
@@ -80,6 +82,44 @@ ffi::Future weight_grad(ffi::ThreadPool pool, Floats g, Words x, Floats lo, Floa
   return run_job(make_job(current_isa(), args), pool, threads);
 }
 FQT_KERNEL(weight_grad)
+
+ffi::Future float_input_grad(ffi::ThreadPool pool, Floats g, Words w, Words mask, FloatsOut dx,
+                             Sizes sizes, HasMask has_mask) {
+  const Geometry geometry = gradient_geometry(g, sizes);
+  require(has_shape(dx.shape, {geometry.n, geometry.y.in, geometry.x.in, geometry.c}),
+          "dx has the wrong shape");
+  const Bits w_bits = weight_bits(w, geometry);
+  require(has_mask || has_shape(mask.shape, {0, 0}), "a mask without has_mask");
+  const Bits mask_bits = has_mask ? sample_bits(mask, geometry) : Bits{nullptr, 0};
+  if (is_empty(dx.shape) || geometry.o == 0 || is_empty(g.shape)) return zeros(dx);
+  require_small({64, geometry.y.out + 2 * geometry.y.window, geometry.x.out + 2 * geometry.x.window,
+                 geometry.o},
+                "the padded gradient is too large");
+  const int64_t threads = useful_threads(pool, kFloatProduct * work(geometry));
+  const FloatInputGradArgs args{geometry, g.data, w_bits, mask_bits, to_write(dx)};
+  return run_job(make_job(current_isa(), args), pool, threads);
+}
+FQT_KERNEL(float_input_grad)
+
+ffi::Future float_weight_grad(ffi::ThreadPool pool, Floats g, Words x, Floats lo, Floats range,
+                              Words seed, Ints sample_indices, Floats sample_weights, FloatsOut dw,
+                              Sizes sizes, CodeBits bits, SelectsSamples selects_samples) {
+  const Geometry geometry = gradient_geometry(g, sizes);
+  require(has_shape(dw.shape, {geometry.y.window, geometry.x.window, geometry.c, geometry.o}),
+          "dw has the wrong shape");
+  const Kept samples = make_kept(selects_samples, sample_indices, sample_weights, geometry.n);
+  // Bits of zero: g is not rounded.
+  require(bits != 0 || (has_shape(lo.shape, {0}) && has_shape(range.shape, {0})),
+          "a rounding without bits");
+  const Rounding rounding =
+      bits == 0 ? Rounding{} : make_rounding(bits, seed, lo, range, samples.count);
+  const Bits x_bits = sample_bits(x, geometry);
+  if (is_empty(dw.shape) || is_empty(g.shape)) return zeros(dw);
+  const int64_t threads = useful_threads(pool, kFloatProduct * work(geometry));
+  const FloatWeightGradArgs args{geometry, g.data, x_bits, samples, bits != 0, rounding, to_write(dw)};
+  return run_job(make_job(current_isa(), args), pool, threads);
+}
+FQT_KERNEL(float_weight_grad)
 
 }  // namespace
 }  // namespace fqt

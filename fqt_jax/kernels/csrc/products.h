@@ -1,4 +1,4 @@
-// Arguments of the integer products; see forward.inc, input_grad.inc and weight_grad.inc.
+// Arguments of the integer products; see products.inc.
 #pragma once
 
 #include <cstdint>
@@ -56,5 +56,26 @@ struct WeightGradArgs {
   int64_t threads;
 };
 FQT_PRODUCT(WeightGradArgs)
+
+// The gradients of a product of signs where they are not rounded; see float_products.inc.
+struct FloatInputGradArgs {
+  Geometry geometry;
+  const float* g;  // [n, oh, ow, o]
+  Bits w;
+  Bits mask;  // as in InputGradArgs
+  float* dx;  // [n, h, w, c]
+};
+FQT_JOB(FloatInputGradArgs)
+
+struct FloatWeightGradArgs {
+  Geometry geometry;
+  const float* g;  // [n, oh, ow, o]
+  Bits x;
+  Kept samples;
+  bool rounds;
+  Rounding rounding;  // groups are the kept samples
+  float* dw;          // [kh, kw, c, o]
+};
+FQT_JOB(FloatWeightGradArgs)
 
 }  // namespace fqt

@@ -29,7 +29,7 @@ def _forward(x: PackedBits, w: PackedBits, *, window: Window, platform: str) -> 
 def _input_grad(
     g: jax.Array,
     w: PackedBits,
-    rounding: Rounding,
+    rounding: Rounding | None,
     mask: PackedBits | None,
     *,
     window: Window,
@@ -38,6 +38,19 @@ def _input_grad(
     platform: str,
 ) -> jax.Array:
     _, _, c, o = w.shape
+    mask_words = jnp.zeros((0, 0), jnp.uint32) if mask is None else mask.words
+    sizes = _sizes(input_size, c, o, window)
+    if rounding is None:
+        out = jax.ShapeDtypeStruct((g.shape[0], *input_size, c), jnp.float32)
+        return call(
+            "float_input_grad",
+            out,
+            g,
+            w.words,
+            mask_words,
+            sizes=sizes,
+            has_mask=mask is not None,
+        )
     n = rounding.lo.shape[0] if compact else g.shape[0]
     return call(
         "input_grad",
@@ -48,8 +61,8 @@ def _input_grad(
         rounding.value_range,
         rounding.seed,
         *_selection(rounding.samples),
-        jnp.zeros((0, 0), jnp.uint32) if mask is None else mask.words,
-        sizes=_sizes(input_size, c, o, window),
+        mask_words,
+        sizes=sizes,
         bits=np.int64(rounding.bits),
         selects_samples=rounding.samples is not None,
         has_mask=mask is not None,
@@ -57,14 +70,37 @@ def _input_grad(
     )
 
 
+def _declines_input_grad(
+    g: jax.Array, w: PackedBits, rounding: Rounding | None, mask: Any, **static: Any
+) -> str | None:
+    return rounding and declines_input_grad(g, w, rounding, mask, **static)
+
+
 def _weight_grad(
-    g: jax.Array, x: PackedBits, rounding: Rounding, *, window: Window, platform: str
+    g: jax.Array, x: PackedBits, rounding: Rounding | None, *, window: Window, platform: str
 ) -> jax.Array:
     h, width, c = x.shape
     o = g.shape[3]
+    out = jax.ShapeDtypeStruct((*window.size, c, o), jnp.float32)
+    sizes = _sizes((h, width), c, o, window)
+    if rounding is None or rounding.groups == "samples":
+        empty = jnp.zeros(0, jnp.float32)
+        return call(
+            "float_weight_grad",
+            out,
+            g,
+            x.words,
+            empty if rounding is None else rounding.lo,
+            empty if rounding is None else rounding.value_range,
+            jnp.zeros(2, jnp.uint32) if rounding is None else rounding.seed,
+            *_selection(rounding and rounding.samples),
+            sizes=sizes,
+            bits=np.int64(0 if rounding is None else rounding.bits),
+            selects_samples=rounding is not None and rounding.samples is not None,
+        )
     return call(
         "weight_grad",
-        jax.ShapeDtypeStruct((*window.size, c, o), jnp.float32),
+        out,
         g,
         x.words,
         rounding.lo,
@@ -72,11 +108,22 @@ def _weight_grad(
         rounding.seed,
         *_selection(rounding.samples),
         *_selection(rounding.channels),
-        sizes=_sizes((h, width), c, o, window),
+        sizes=sizes,
         bits=np.int64(rounding.bits),
         selects_samples=rounding.samples is not None,
         selects_channels=rounding.channels is not None,
     )
+
+
+def _declines_weight_grad(
+    g: jax.Array, x: PackedBits, rounding: Rounding | None, **static: Any
+) -> str | None:
+    if rounding is None:
+        return None
+    if rounding.groups == "samples":
+        pruned = "groups of samples do not go with pruned channels"
+        return None if rounding.channels is None else pruned
+    return declines_weight_grad(g, x, rounding, **static)
 
 
 def _moments(
@@ -258,8 +305,8 @@ KERNELS = {
     # Float convolutions but those of images, and what is empty, are XLA's.
     **XLA.kernels,
     "forward": Kernel(_forward),
-    "input_grad": Kernel(_input_grad, declines_input_grad),
-    "weight_grad": Kernel(_weight_grad, declines_weight_grad),
+    "input_grad": Kernel(_input_grad, _declines_input_grad),
+    "weight_grad": Kernel(_weight_grad, _declines_weight_grad),
     **{
         operation: _or_xla(operation, Kernel(run, declines))
         for operation, run, declines in (

@@ -164,6 +164,39 @@ def weight_grad(rng: Random, g: Geometry) -> Call:
     )
 
 
+def float_input_grad(rng: Random, g: Geometry) -> Call:
+    has_mask = bool(rng.integers(0, 2))
+    mask = any_words(rng, *((g.n, words(math.prod(g.x[1:]))) if has_mask else (0, 0)))
+    return Call(
+        "float_input_grad",
+        [floats(rng, *g.y), any_words(rng, words(math.prod(g.w))), mask],
+        [(g.x, np.float32)],
+        {"sizes": g.sizes, "has_mask": has_mask},
+    )
+
+
+def float_weight_grad(rng: Random, g: Geometry) -> Call:
+    rounds, selects = (bool(v) for v in rng.integers(0, 2, 2))
+    indices, weights = selection(rng, g.n, selects)
+    kept = len(indices) if selects else g.n
+    return Call(
+        "float_weight_grad",
+        [
+            floats(rng, *g.y),
+            any_words(rng, g.n, words(math.prod(g.x[1:]))),
+            *_rounding(rng, kept if rounds else 0),
+            indices,
+            weights,
+        ],
+        [(g.w, np.float32)],
+        {
+            "sizes": g.sizes,
+            "bits": np.int64(rng.integers(1, 9) if rounds else 0),
+            "selects_samples": selects,
+        },
+    )
+
+
 def float_conv(rng: Random, g: Geometry) -> Call:
     operands = [floats(rng, *g.x), floats(rng, *g.w)]
     return Call("float_conv", operands, [(g.y, np.float32)], {"sizes": g.sizes})
@@ -178,6 +211,8 @@ CONVOLUTIONS: dict[str, Callable[[Random, Geometry], Call]] = {
     "forward": forward,
     "input_grad": input_grad,
     "weight_grad": weight_grad,
+    "float_input_grad": float_input_grad,
+    "float_weight_grad": float_weight_grad,
     "float_conv": float_conv,
     "float_conv_weight_grad": float_conv_weight_grad,
 }

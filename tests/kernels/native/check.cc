@@ -18,14 +18,14 @@ int main(int argc, char** argv) {
   const uint64_t cases = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 100;
   uint64_t failed = 0;
   for (uint64_t seed = first; seed < first + cases; ++seed) {
-    for (auto* check : {fqt::check_products, fqt::check_transforms, fqt::check_weights,
+    for (auto* check : {fqt::check_products, fqt::check_float_products, fqt::check_transforms, fqt::check_weights,
                         fqt::check_adam, fqt::check_float_conv}) {
       failed += !check(seed);
     }
   }
   for (fqt::Isa isa : fqt::supported_isas()) std::printf("%s ", fqt::name_of(isa).c_str());
   std::printf("kernels: %llu of %llu cases agree with the reference\n",
-              static_cast<unsigned long long>(5 * cases - failed),
-              static_cast<unsigned long long>(5 * cases));
+              static_cast<unsigned long long>(6 * cases - failed),
+              static_cast<unsigned long long>(6 * cases));
   return failed != 0;
 }

@@ -17,6 +17,7 @@ namespace fqt {
 
 // Each returns whether all kernels agree with the reference in a case drawn from the seed.
 bool check_products(uint64_t seed);
+bool check_float_products(uint64_t seed);
 bool check_transforms(uint64_t seed);
 bool check_weights(uint64_t seed);
 bool check_adam(uint64_t seed);
