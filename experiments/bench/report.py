@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments.bench.contenders import PHASES, Setting
+from experiments.show.formats import Table, count, number
 
 _STEP_LEGEND = """\
 forward          training-mode forward pass to the loss, keeping nothing, ms
@@ -36,15 +37,15 @@ def tables(report: dict[str, Any], setting: Setting) -> str:
     if every:
         parts.append(_heading(every[0]["machine"], setting))
     for run in report["runs"]:
-        parts += [_step_table(run), *run["left_out"]]
+        parts += [str(_step_table(run)), *run["left_out"]]
     if report["runs"]:
         parts.append(_STEP_LEGEND + ("\n" + _RSS_LEGEND if _has_rss(report["runs"]) else ""))
     for run in report["layers"]:
-        parts.append(_layer_table(run))
+        parts.append(str(_layer_table(run)))
     if report["layers"]:
         parts.append(_LAYER_LEGEND)
     for run in report["check"]:
-        parts.append("\n".join(check_line(line) for line in run["check"]))
+        parts.append(str(_check_table(run)))
     return "\n\n".join(parts)
 
 
@@ -62,49 +63,52 @@ def _has_rss(runs: Sequence[dict[str, Any]]) -> bool:
     return any("rss" in result for run in runs for result in run["contenders"].values())
 
 
-def _step_table(run: dict[str, Any]) -> str:
+def _step_table(run: dict[str, Any]) -> Table:
+    columns = ["contender", "forward", "fwd+bwd", "update", "step", "min", "max", "images/s"]
+    columns += ["vs torch", "vs jax", "G products/s", "of peak", "temp", "args"]
     has_rss = _has_rss([run])
-    header = ["contender", "forward", "fwd+bwd", "update", "step", "min", "max", "images/s"]
-    header += ["vs torch", "vs jax", "G products/s", "of peak", "temp", "args"]
-    header += ["RSS steps", "RSS building", "RSS imports"] if has_rss else []
-    rows = [header]
+    if has_rss:
+        columns += ["RSS steps", "RSS building", "RSS imports"]
+    rows = []
     for name, result in run["contenders"].items():
-        phases = result["phases"]
-        total, memory = phases["total"], result["memory"] or {}
-        row = [name]
-        row += [_ms(phases[p]["median"]) if p in phases else "-" for p in PHASES]
+        phases, speedup, memory = result["phases"], result["speedup"], result["memory"] or {}
+        total = phases["total"]
+        row = [name, *(_ms(phases[p]["median"] if p in phases else None) for p in PHASES)]
         row += [_ms(total["min"]), _ms(total["max"]), f"{result['images_per_second']:.0f}"]
-        row += [_times(result["speedup"].get(other)) for other in ("torch", "jax")]
+        row += [number(speedup.get(other), ".2f") for other in ("torch", "jax")]
         row += [f"{result['rate']:.1f}", f"{result['share_of_peak']:.0%}"]
         row += [_mib(memory.get(key)) for key in ("temp", "argument")]
         if has_rss:
             row += [_mib(result["rss"][key]) for key in ("steps", "building", "before")]
         rows.append(row)
     title = f"{_threads(run)}; fp32 matrix product {run['dot_rate']:.0f} G multiply-adds/s"
-    return f"{title}\n{aligned(rows)}"
+    return Table(title, columns, rows)
 
 
-def _layer_table(run: dict[str, Any]) -> str:
+def _layer_table(run: dict[str, Any]) -> Table:
     names = list(next(iter(run["totals"].values()))["implementations"])
-    rows = [["layer", "shape", "product", "fp32 dot", *names]]
+    rows = []
     for layer in run["layers"]:
         path = layer["path"] + (f" ({layer['count']} such)" if layer["count"] > 1 else "")
+        head = [path, layer["shape"]]
         for product, entry in layer["products"].items():
             times = {n: t["median"] for n, t in entry["implementations"].items()}
-            rows.append([path, layer["shape"], *_product_cells(product, entry, times, names)])
-            path = layer["shape"] = ""
+            rows.append(
+                [*head, product, *_product_cells(entry, entry["dot"]["median"], times, names)]
+            )
+            head = ["", ""]
     for product, entry in run["totals"].items():
-        cells = _product_cells(product, entry, entry["implementations"], names)
-        rows.append(["all layers", "", *cells])
-    return f"{_threads(run)}\n{aligned(rows, left=3)}"
+        cells = _product_cells(entry, entry["dot"], entry["implementations"], names)
+        rows.append(["all layers", "", product, *cells])
+    columns = ["layer", "shape", "product", "fp32 dot", *names]
+    return Table(_threads(run), columns, rows, names=3)
 
 
 def _product_cells(
-    product: str, entry: dict[str, Any], times: dict[str, float | None], names: Sequence[str]
+    entry: dict[str, Any], dot: float, times: dict[str, float | None], names: Sequence[str]
 ) -> list[str]:
-    work, dot = entry["g_products"], entry["dot"]
-    dot = dot["median"] if isinstance(dot, dict) else dot
-    cells = [product, f"{_ms(dot)}; {1e3 * work / dot:.0f}"]
+    work = entry["g_products"]
+    cells = [f"{_ms(dot)}; {1e3 * work / dot:.0f}"]
     for name in names:
         ms = times.get(name)
         if ms is None:
@@ -114,46 +118,36 @@ def _product_cells(
     return cells
 
 
-def check_line(line: dict[str, Any]) -> str:
-    """One implementation's product against the reference."""
-    verdict = "ok" if line["ok"] else "DIFFERS"
+def verdict(line: dict[str, Any]) -> str:
+    """Whether an implementation's product is that of the reference."""
     if not line["layers"]:
-        return f"{line['implementation']:<8} {line['product']:<21} declined: {line['declined'][0]}"
-    text = (
-        f"{line['implementation']:<8} {line['product']:<21} {verdict:<8}"
-        f"{line['layers']:>3} shapes, max difference {line['difference']:.1e}, "
-        f"{_ms(line['ms'])} ms (xla {_ms(line['xla_ms'])} ms)"
-    )
-    return text + (f"; declined {'; '.join(line['declined'])}" if line["declined"] else "")
+        return "declined"
+    return "ok" if line["ok"] else "DIFFERS"
 
 
-def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Rows as columns, the first ``left`` of them flush left, the rest flush right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i < left else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+def _check_table(run: dict[str, Any]) -> Table:
+    """Each implementation's products against the reference."""
+    rows, notes = [], []
+    for line in run["check"]:
+        own = [line["implementation"], line["product"]]
+        notes += [f"{', '.join(own)} declined: {reason}" for reason in line["declined"]]
+        measured = [f"{line['difference']:.1e}", _ms(line["ms"]), _ms(line["xla_ms"])]
+        cells = measured if line["layers"] else ["-"] * 3
+        rows.append([*own, verdict(line), str(line["layers"]), *cells])
+    columns = ["implementation", "product", "verdict", "shapes", "max difference", "ms", "xla, ms"]
+    return Table(f"{_threads(run)}: against the reference", columns, rows, notes, names=3)
 
 
 def _threads(run: dict[str, Any]) -> str:
-    return f"{run['threads']} thread" + ("s" if run["threads"] > 1 else "")
+    return count(run["threads"], "thread")
 
 
-def _ms(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _times(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+def _ms(value: float | None) -> str:
+    return number(value, ".3g" if value is None or value < 100 else ".0f")
 
 
 def _mib(value: int | None) -> str:
-    return "-" if value is None else f"{value / 2**20:.0f}"
+    return number(None if value is None else value / 2**20, ".0f")
 
 
 def plot(runs: Sequence[dict[str, Any]], setting: Setting, path: pathlib.Path) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import rich.progress
 
+from fqt_jax.text import format_table
+
 
 class Progress:
     """A progress bar on a terminal; elsewhere only the plain line that ends each epoch."""
@@ -86,16 +88,14 @@ class _Rate:
 
 def print_summary(summary: dict[str, Any], folder: pathlib.Path) -> None:
     """Prints what a run came to."""
-    rows = {name: summary[name] for name in ("dataset", "model")}
-    rows["recipe"] = summary["variant"]
-    rows |= {name: summary[name] for name in ("optimizer", "start", "epochs")}
-    rows["parameters"] = f"{summary['parameters']:,}"
-    rows["validation accuracy"] = f"{summary['validation_accuracy']:.2%}"
-    rows["test accuracy"] = f"{summary['test_accuracy']:.2%} of {summary['test_images']} images"
-    rows["seconds"] = summary["seconds"]
-    rows["written to"] = folder
-    for name, value in rows.items():
-        print(f"{name:<20} {value}")
+    found = {name: summary[name] for name in ("dataset", "model")} | {"recipe": summary["variant"]}
+    found |= {name: summary[name] for name in ("optimizer", "start", "epochs")}
+    found["parameters"] = f"{summary['parameters']:,}"
+    found["validation accuracy"] = f"{summary['validation_accuracy']:.2%}"
+    found["test accuracy"] = f"{summary['test_accuracy']:.2%} of {summary['test_images']} images"
+    found["seconds"] = summary["seconds"]
+    rows = [[name, str(value)] for name, value in found.items()]
+    print(format_table([summary["experiment"], str(folder)], rows, names=2))
 
 
 def plot_curves(

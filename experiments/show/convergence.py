@@ -1,4 +1,4 @@
-"""The table and the picture of experiments.convergence."""
+"""The tables and the picture of experiments.convergence."""
 
 from __future__ import annotations
 
@@ -7,45 +7,65 @@ from typing import Any
 
 import numpy as np
 
+from experiments.show.formats import Table, number, spread
+
 
 def line(row: dict[str, Any]) -> str:
     """One result in one line."""
     return (
-        f"{row['method']:<18}  {row['noise']:<28}  sigma {row['sigma']:<8.3g} "
-        f"regret {row['regret']:.4f} ± {row['standard_error']:.4f}, bound {row['bound']:.3g}"
+        f"{row['method']}, {row['noise']}, sigma {row['sigma']:.3g}: regret {_regret(row)}, "
+        f"bound {row['bound']:.3g}"
     )
 
 
-def table(found: dict[str, Any]) -> str:
-    """Markdown: the fitted slopes, then each regret beside its bound."""
-    lines = [
-        "| optimizer | slope in sigma, measured | of the bound, same points | of the bound, large "
-        "sigma | fitted over sigma |",
-        "|---|---|---|---|---|",
+def _regret(row: dict[str, Any]) -> str:
+    return spread(row["regret"], row["standard_error"], ".4f")
+
+
+def tables(found: dict[str, Any]) -> list[Table]:
+    """The fitted slopes, and each regret beside its bound."""
+    slopes = [
+        [
+            name,
+            number(slope["regret"], ".2f"),
+            number(slope["bound"], ".2f"),
+            number(slope["bound_at_large_sigma"], ".2f"),
+            f"{min(sigmas):.3g} to {max(sigmas):.3g}" if (sigmas := slope["sigmas"]) else "-",
+        ]
+        for name, slope in found["slopes"].items()
     ]
-    for name, slope in found["slopes"].items():
-        over = (
-            f"{min(slope['sigmas']):.3g} to {max(slope['sigmas']):.3g}" if slope["sigmas"] else ""
-        )
-        measured, bound = (
-            "-" if slope[k] is None else f"{slope[k]:.2f}" for k in ("regret", "bound")
-        )
-        large = f"{slope['bound_at_large_sigma']:.2f}"
-        lines.append(f"| {name} | {measured} | {bound} | {large} | {over} |")
-    lines += [
-        "",
-        "| optimizer | noise | sigma | average regret | bound | regret / bound |",
-        "|---|---|---|---|---|---|",
+    regrets = [
+        [
+            row["method"],
+            row["noise"],
+            f"{row['sigma']:.3g}",
+            _regret(row),
+            f"{row['bound']:.3g}",
+            f"{row['regret'] / row['bound']:.3f}",
+        ]
+        for row in found["rows"]
     ]
-    for row in found["rows"]:
-        lines.append(
-            f"| {row['method']} | {row['noise']} | {row['sigma']:.3g} | {row['regret']:.4f} ± "
-            f"{row['standard_error']:.4f} | {row['bound']:.3g} | "
-            f"{row['regret'] / row['bound']:.3f} |"
-        )
     verdict = "all" if found["all_under_bound"] else "NOT all"
-    lines += ["", f"{verdict} {len(found['rows'])} regrets are under their bounds."]
-    return "\n".join(lines) + "\n"
+    return [
+        Table(
+            "Growth of the regret with sigma, the norm of the noise, on logarithmic scales",
+            [
+                "optimizer",
+                "slope, measured",
+                "of the bound, same points",
+                "of the bound, large sigma",
+                "fitted over sigma",
+            ],
+            slopes,
+        ),
+        Table(
+            "Average regret in nats, mean ± standard error",
+            ["optimizer", "noise", "sigma", "regret", "bound", "regret / bound"],
+            regrets,
+            [f"{verdict} {len(regrets)} regrets are under their bounds."],
+            names=2,
+        ),
+    ]
 
 
 def plot(found: dict[str, Any], path: pathlib.Path) -> None:

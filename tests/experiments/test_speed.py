@@ -195,7 +195,9 @@ def test_layers_and_check_in_process(capsys):
     assert "input_grad" in capsys.readouterr().err
     report = {"runs": [], "layers": [run], "check": [checked]}
     assert json.loads(json.dumps(report)) == report
+    written = json.dumps(report)
     text = speed_report.tables(report, config.setting())
+    assert json.dumps(report) == written  # what is shown is not changed by it
     assert "weight_grad shared" in text
     assert "max difference" in text
 
@@ -223,7 +225,9 @@ def test_a_mismatch_is_the_exit_status(monkeypatch, capsys):
     assert stop.value.code == 1
     assert "DIFFERS" in capsys.readouterr().out
     declined = line | {"layers": 0, "declined": ["stages/0/1: too small"], "ok": True}
-    assert "declined: stages/0/1: too small" in speed_report.check_line(declined)
+    report = {"runs": [], "layers": [], "check": [run | {"check": [declined]}]}
+    text = speed_report.tables(report, TINY)
+    assert "xla, forward declined: stages/0/1: too small" in text
 
 
 def test_the_report_round_trips_and_draws(monkeypatch, tmp_path, capsys):
