@@ -122,7 +122,7 @@ def _rows(
             result = results[model.label, spec.label]
             own = accuracy(result)
             error = Estimate(100 - own.mean, own.deviation, own.n)
-            rows.append(Row(study, spec.label, error, _costs(result)))
+            rows.append(Row(study, spec.label, error, result.group.base.variant, _costs(result)))
     return rows
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments.bench.contenders import PHASES, Setting
+from experiments.show import style
 from experiments.show.formats import Table, count, number
 
 _STEP_LEGEND = """\
@@ -152,33 +153,34 @@ def _mib(value: int | None) -> str:
 
 def plot(runs: Sequence[dict[str, Any]], setting: Setting, path: pathlib.Path) -> None:
     """Draws the time of a step and of its parts, a panel for each number of threads."""
-    import matplotlib.figure
-
     n = max(len(run["contenders"]) for run in runs)
-    size = (5 * len(runs) + 1.5, 1.6 + 0.4 * n)
-    figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(1, len(runs), squeeze=False, sharey=True)[0]
-    for axes, run in zip(panels, runs, strict=True):
-        _draw(axes, run)
-        axes.set_title(_threads(run), fontsize=10)
-    panels[0].invert_yaxis()
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
     repeats = len(next(iter(runs[0]["contenders"].values()))["phases"]["total"]["samples"])
-    figure.suptitle(
+    title = (
         f"Training step of {setting.model} x{setting.width:g}, batch {setting.batch_size}, "
         f"{setting.image_size}x{setting.image_size}; median of {repeats}\n"
-        f"{runs[0]['machine']['cpu']}, {runs[0]['machine']['device']}",
-        fontsize=10,
+        f"{runs[0]['machine']['cpu']}, {runs[0]['machine']['device']}"
     )
-    figure.savefig(path, dpi=130)
+    size = (5 * len(runs) + 1.5, 1.6 + 0.4 * n)
+    with style.figure(1, len(runs), size=size, title=title, sharey=True) as (figure, grid):
+        panels = grid[0]
+        for axes, run in zip(panels, runs, strict=True):
+            _draw(axes, run)
+            axes.set_title(_threads(run))
+        panels[0].invert_yaxis()
+        handles = panels[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=4)
+        style.save(figure, path)
+
+
+_PARTS = {"forward": style.COLORS[3], "backward": style.COLORS[4], "update": style.COLORS[0]}
+"""The parts of a step, and their colours."""
 
 
 def _draw(axes: Any, run: dict[str, Any]) -> None:
     """Stacks the parts, as measured on their own, and marks the whole step with its range."""
     names = list(run["contenders"])
     start = [0.0] * len(names)
-    for label, color in (("forward", "#4477aa"), ("backward", "#88ccee"), ("update", "#ddcc77")):
+    for label, color in _PARTS.items():
         widths = [_part(run["contenders"][name]["phases"], label) for name in names]
         axes.barh(names, widths, left=start, label=label, color=color)
         start = [a + b for a, b in zip(start, widths, strict=True)]
@@ -186,16 +188,13 @@ def _draw(axes: Any, run: dict[str, Any]) -> None:
     medians = [t["median"] for t in totals]
     below = [t["median"] - t["min"] for t in totals]
     above = [t["max"] - t["median"] for t in totals]
-    axes.errorbar(
-        medians, names, xerr=[below, above], fmt="k|", label="step, with its range", capsize=2
-    )
+    axes.errorbar(medians, names, xerr=[below, above], fmt="k|", label="step, with its range")
     for i, (name, total) in enumerate(zip(names, totals, strict=True)):
         ratio = run["contenders"][name]["speedup"].get("torch")
         text = f" {_ms(total['median'])}" + (f" ({ratio:.1f}x torch)" if ratio else "")
         axes.text(max(total["max"], start[i]), i, text, va="center", fontsize=8)
     axes.set(xlabel="time (ms)", xlim=(0, 1.35 * max(*start, *(t["max"] for t in totals))))
-    axes.grid(axis="x", alpha=0.3)
-    axes.set_axisbelow(True)
+    axes.grid(visible=False, axis="y")
 
 
 def _part(phases: dict[str, Any], label: str) -> float:

@@ -1,5 +1,6 @@
 import json
 import math
+import pathlib
 import sys
 
 import jax
@@ -274,7 +275,8 @@ def test_one_measurement_in_a_process_of_its_own():
         ({"threads": ("0",)}, "threads must be"),
         ({"threads": ("many",)}, "threads must be"),
         ({"threads": ("100000",)}, "threads must be"),
-        ({"plot": "a.png", "layers": True}, "plot"),
+        ({"plot": pathlib.Path("a.png"), "layers": True}, "plot"),
+        ({"plot": pathlib.Path("a.jpeg")}, r"plot must end in \.png, \.svg, \.pdf; got a\.jpeg"),
         ({"memory": True, "check": True}, "memory"),
     ],
 )
@@ -307,7 +309,7 @@ def test_without_torch_the_rest_runs(monkeypatch):
 def test_an_unwritable_path_is_found_before_measuring(monkeypatch, tmp_path):
     monkeypatch.setattr(speed, "in_process", lambda request: pytest.fail("measured"))
     for option in ("json", "plot"):
-        config = speed.SpeedConfig(**{option: tmp_path / "missing" / "file"})
+        config = speed.SpeedConfig(**{option: tmp_path / "missing" / "file.png"})
         with pytest.raises(FileNotFoundError):
             speed.main(config)
 
