@@ -9,21 +9,24 @@ from typing import Any
 from experiments.bench.contenders import PHASES, Setting
 from experiments.show import style
 from experiments.show.formats import Table, count, number
+from fqt_jax.text import format_table
 
-_STEP_LEGEND = """\
-forward          training-mode forward pass to the loss, keeping nothing, ms
-fwd+bwd          forward and backward pass to the gradients, ms
-update           Adam, ms
-step             a whole training step, ms: median, minimum and maximum
-vs torch, jax    how many times as fast as PyTorch, and as JAX as its user writes it
-G products/s     multiply-adds of convolutions and dense layers left by pruning, over the step
-of peak          the same over the rate of an fp32 matrix product here
-temp             temporary memory of the compiled step, MiB; args: what goes in (state and data)"""
+_STEP_COLUMNS = {
+    "forward": "training-mode forward pass to the loss, keeping nothing, ms",
+    "fwd+bwd": "forward and backward pass to the gradients, ms",
+    "update": "Adam, ms",
+    "step": "a whole training step, ms: median, minimum and maximum",
+    "vs torch, jax": "how many times as fast as PyTorch, and as JAX as its user writes it",
+    "G products/s": "multiply-adds of convolutions and dense layers left by pruning, over the step",
+    "of peak": "the same over the rate of an fp32 matrix product here",
+    "temp": "temporary memory of the compiled step, MiB; args: what goes in (state and data)",
+}
 
-_RSS_LEGEND = """\
-RSS steps        peak of the process's resident memory over two steps, MiB, in a process of its own
-RSS building     the same until the first step is over, compilation included
-RSS imports      the same before the model is made"""
+_RSS_COLUMNS = {
+    "RSS steps": "peak of the resident memory of a process of its own over two steps, MiB",
+    "RSS building": "the same until the first step is over, compilation included",
+    "RSS imports": "the same before the model is made",
+}
 
 _LAYER_LEGEND = """\
 Products as FQT1 does them (4-bit gradients, a quarter of the groups kept), rounding included,
@@ -37,16 +40,15 @@ def tables(report: dict[str, Any], setting: Setting) -> str:
     every = [*report["runs"], *report["layers"], *report["check"]]
     if every:
         parts.append(_heading(every[0]["machine"], setting))
-    for run in report["runs"]:
-        parts += [str(_step_table(run)), *run["left_out"]]
+    parts += [str(_step_table(run)) for run in report["runs"]]
     if report["runs"]:
-        parts.append(_STEP_LEGEND + ("\n" + _RSS_LEGEND if _has_rss(report["runs"]) else ""))
-    for run in report["layers"]:
-        parts.append(str(_layer_table(run)))
+        legend = _STEP_COLUMNS | (_RSS_COLUMNS if _has_rss(report["runs"]) else {})
+        rows = [[name, meaning] for name, meaning in legend.items()]
+        parts.append(format_table(["column", "meaning"], rows, names=2))
+    parts += [str(_layer_table(run)) for run in report["layers"]]
     if report["layers"]:
         parts.append(_LAYER_LEGEND)
-    for run in report["check"]:
-        parts.append(str(_check_table(run)))
+    parts += [str(_check_table(run)) for run in report["check"]]
     return "\n\n".join(parts)
 
 
@@ -83,7 +85,7 @@ def _step_table(run: dict[str, Any]) -> Table:
             row += [_mib(result["rss"][key]) for key in ("steps", "building", "before")]
         rows.append(row)
     title = f"{_threads(run)}; fp32 matrix product {run['dot_rate']:.0f} G multiply-adds/s"
-    return Table(title, columns, rows)
+    return Table(title, columns, rows, run["left_out"])
 
 
 def _layer_table(run: dict[str, Any]) -> Table:

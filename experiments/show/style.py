@@ -126,8 +126,8 @@ def figure(
 
 
 def fill(text: str, width: int) -> str:
-    """The text in lines of at most so many characters, broken between words alone."""
-    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
+    """The text in lines of at most so many characters; no number is broken at its minus."""
+    return textwrap.fill(text, width, break_on_hyphens=False)
 
 
 def whole_ticks(*axes: Any) -> None:
