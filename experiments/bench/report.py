@@ -133,7 +133,9 @@ def _check_table(run: dict[str, Any]) -> Table:
     rows, notes = [], []
     for line in run["check"]:
         own = [line["implementation"], line["product"]]
-        notes += [f"{', '.join(own)} declined: {reason}" for reason in line["declined"]]
+        # Where every layer is declined, the first reason stands for all.
+        reasons = line["declined"] if line["layers"] else line["declined"][:1]
+        notes += [f"{', '.join(own)} declined: {reason}" for reason in reasons]
         measured = [f"{line['difference']:.1e}", _ms(line["ms"]), _ms(line["xla_ms"])]
         cells = measured if line["layers"] else ["-"] * 3
         rows.append([*own, verdict(line), str(line["layers"]), *cells])
