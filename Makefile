@@ -1,6 +1,6 @@
 # make finetune   sets up everything and fine-tunes a 1-bit ResNet-18 on embedded images
 # make test       sets up everything and runs the tests
-# make test-all   the tests that take minutes: more kills of training runs, and the like
+# make test-all   the tests that take minutes: kills of training runs, the notebook, all combinations
 # make lint       formatting, lint and types
 # make docs       the documentation, in build/docs; a warning is an error
 # make sanitize   the native kernels under the address and undefined-behaviour sanitizers, spoilt calls too

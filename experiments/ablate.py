@@ -14,7 +14,7 @@ import pathlib
 
 from experiments import cli
 from experiments.cli import UserError
-from experiments.show.formats import Estimate, Table, count
+from experiments.show.formats import Estimate, Table, count, number
 from experiments.sweeps.plots import Row, plot_intervals
 from experiments.sweeps.run import run_groups
 from experiments.sweeps.specs import Spec, parse
@@ -122,13 +122,12 @@ def _rows(
             result = results[model.label, spec.label]
             own = accuracy(result)
             error = Estimate(100 - own.mean, own.deviation, own.n)
-            rows.append(Row(study, spec.label, error, _costs(result)))
+            rows.append(Row(study, spec.label, error, result.group.base.variant, _costs(result)))
     return rows
 
 
 def _costs(result: Result) -> dict[str, str]:
-    costs = {title: cost(result, name) for title, name in COSTS.items()}
-    return {title: "-" if value is None else f"{value:.3g}" for title, value in costs.items()}
+    return {title: number(cost(result, name), ".3g") for title, name in COSTS.items()}
 
 
 def _table(
@@ -150,6 +149,7 @@ def _table(
         ["study", "recipe", "accuracy, %", *COSTS],
         rows,
         ["Times were taken beside other processes."] if config.jobs > 1 else [],
+        names=2,
     )
 
 

@@ -21,8 +21,9 @@ import numpy as np
 import sklearn.datasets
 
 from experiments import cli
-from experiments.runs.folders import output_folder, write_json
+from experiments.runs.folders import output_folder, write_json, write_text
 from experiments.show import convergence as convergence_report
+from experiments.show.formats import show, to_markdown
 from fqt_jax import theory
 from fqt_jax.diagnostics import Quantization, quantized_gradient
 from fqt_jax.recipe import GradientQuantizer
@@ -287,10 +288,11 @@ def main(config: ConvergenceConfig) -> None:
         "seconds": round(time.perf_counter() - began, 1),
     }
     write_json(folder / "results.json", found)
-    table = convergence_report.table(found)
-    (folder / "table.md").write_text(table)
+    tables = convergence_report.tables(found)
+    write_text(folder / "table.md", to_markdown(tables))
     convergence_report.plot(found, folder / "regret.png")
-    print(f"\n{table}\nwritten to {folder}")
+    show(tables)
+    print(f"\nwritten to {folder}")
 
 
 if __name__ == "__main__":

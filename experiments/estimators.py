@@ -35,7 +35,7 @@ from experiments.data.augment import normalize
 from experiments.runs import folders, tasks
 from experiments.runs.config import RunConfig
 from experiments.runs.plain_training import plain_epochs
-from experiments.show.formats import Table
+from experiments.show.formats import Table, show, to_markdown
 from experiments.sweeps.sweep import parse_all
 from fqt_jax.estimators import Estimator, SplitModel
 from fqt_jax.training import CrossEntropy
@@ -363,9 +363,8 @@ def write(config: EstimatorsConfig, found: dict[str, list[Measured]], folder: pa
                 ["In brackets the largest norm of any draw, over that of the exact gradient."],
             )
         )
-    for table in tables:
-        table.show()
-    folders.write_text(folder / "tables.md", "\n".join(table.to_markdown() for table in tables))
+    show(tables)
+    folders.write_text(folder / "tables.md", to_markdown(tables))
     values = {
         label: [
             error._asdict() | {"layers": {name: one._asdict() for name, one in layers.items()}}

@@ -30,6 +30,7 @@ from experiments.runs.config import RunConfig
 from experiments.runs.plain_training import plain_epochs
 from experiments.runs.steps import build_eval_step, evaluate, on_device
 from experiments.show import gradients as gradient_pictures
+from experiments.show.formats import Table, show
 from fqt_jax import diagnostics
 from fqt_jax.training import TrainState, merge_model
 
@@ -128,7 +129,7 @@ def main(config: StatisticsConfig) -> None:
             folder / "errors.png",
             f"{label}, n = {n} images, {config.draws} draws or more",
         )
-        print(summary(rows))
+        show([summary(rows)])
     print(f"{time.perf_counter() - began:.0f} seconds; written to {folder}")
 
 
@@ -234,19 +235,23 @@ def _measure(
     return diagnostics.MeasuredError(float(np.mean(means)), error), len(means) * config.draws
 
 
-def summary(rows: list[dict[str, Any]]) -> str:
+def summary(rows: list[dict[str, Any]]) -> Table:
     """For each quantization, how far measured errors are from predicted ones, over all layers."""
-    lines = [f"{'quantization':<24} {'error / |g|^2':>13}  measured / predicted - 1: worst, mean"]
+    cells = []
     for name in dict.fromkeys(row["quantization"] for row in rows):
         own = [row for row in rows if row["quantization"] == name]
         off = [row["ratio"] - 1 for row in own]
         worst = max(off, key=abs)
         error = np.mean([row["predicted"] for row in own])
-        lines.append(f"{name:<24} {error:>13.3f}  {worst:+.2%}, {np.mean(off):+.2%}")
+        cells.append([name, f"{error:.3f}", f"{worst:+.2%}", f"{np.mean(off):+.2%}"])
     worst = max((row["ratio"] - 1 for row in rows), key=abs)
     layers = len({(row["epoch"], row["layer"]) for row in rows})
-    lines.append(f"largest deviation of {len(rows)} ({layers} gradients): {worst:+.2%}")
-    return "\n".join(lines)
+    return Table(
+        "Errors of one-bit gradients; deviation: measured / predicted - 1",
+        ["quantization", "error / |g|^2", "worst deviation", "mean deviation"],
+        cells,
+        [f"largest deviation of {len(rows)} ({layers} gradients): {worst:+.2%}"],
+    )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from experiments import cli
 from experiments.reports import pictures as report_pictures
 from experiments.reports.runs import Found, Group, differing, group, read
 from experiments.runs.folders import write_text
-from experiments.show.formats import Table, count
+from experiments.show.formats import Table, count, number, show, to_latex, to_markdown
 
 Paths = tyro.conf.Positional[tuple[pathlib.Path, ...]]
 
@@ -51,10 +51,9 @@ def main(config: ReportConfig) -> None:
     tables = [*result_tables(groups), *found.tables, *difference_tables(groups)]
     config.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(config.out, page(config.title, found, groups))
-    write_text(config.out.with_suffix(".md"), "\n".join(t.to_markdown() for t in tables))
-    write_text(config.out.with_suffix(".tex"), "\n".join(t.to_latex() for t in tables))
-    for table in tables:
-        table.show()
+    write_text(config.out.with_suffix(".md"), to_markdown(tables))
+    write_text(config.out.with_suffix(".tex"), to_latex(tables))
+    show(tables)
     names = [config.out.with_suffix(suffix).name for suffix in (".md", ".tex")]
     print(
         f"{count(len(found.runs), 'run')}, written to {config.out}, and as tables to "
@@ -85,7 +84,7 @@ def _results(task: str, groups: Sequence[Group]) -> Table:
                 str(n),
                 str(own.estimate("test_accuracy", 100)),
                 str(own.estimate("validation_accuracy", 100)),
-                f"{own.estimate('gradient_bits').mean:g}" if n else "-",
+                number(own.estimate("gradient_bits").mean if n else None),
                 str(own.estimate("step_ms")),
                 str(own.estimate("seconds")),
             ]
@@ -160,9 +159,9 @@ def _options(found: Found, groups: Sequence[Group]) -> str:
     names = set(differing(found.runs))
     shared = {k: v for k, v in found.runs[0].options().items() if k not in names}
     rows = [[name, value] for name, value in shared.items()]
-    alike = Table("Options that all runs have alike", ["option", "value"], rows)
+    alike = Table("Options that all runs have alike", ["option", "value"], rows, names=2)
     folders = [[one.task, one.label, str(run.folder)] for one in groups for run in one.runs]
-    places = Table("Folders of the runs", ["task", "runs", "folder"], folders)
+    places = Table("Folders of the runs", ["task", "runs", "folder"], folders, names=3)
     layers = "".join(_layers(one) for one in groups)
     return (
         f"<section><h2>Options</h2>{differences}"

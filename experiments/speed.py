@@ -24,6 +24,7 @@ from experiments.bench.contenders import SPEED_RECIPES, Setting
 from experiments.bench.measure import in_process
 from experiments.bench.steps import say
 from experiments.cli import UserError
+from experiments.show.style import FORMATS
 from fqt_jax.models import MODELS
 
 
@@ -86,6 +87,8 @@ class SpeedConfig:
                 raise UserError(f"{name} must be at least {lowest}; got {getattr(self, name)}.")
         if not self.width > 0:
             raise UserError(f"width must be positive; got {self.width}.")
+        if self.plot is not None and self.plot.suffix not in FORMATS:
+            raise UserError(f"plot must end in {', '.join(FORMATS)}; got {self.plot}.")
         if self.plot is not None and (self.layers or self.check):
             raise UserError("plot draws the times of steps, which layers and check leave out.")
         if self.memory and (self.layers or self.check):

@@ -21,7 +21,7 @@ from statistics import fmean
 from typing import Literal
 
 from experiments import cli
-from experiments.show.formats import Estimate, Table, count
+from experiments.show.formats import Estimate, Table, count, number
 from experiments.sweeps.run import run_groups
 from experiments.sweeps.specs import Axis, Spec, parse
 from experiments.sweeps.sweep import Group, Result, SweepConfig, parse_all
@@ -164,10 +164,10 @@ def _table(
     ]
     complete = [task for task in tasks if all(results[*task, name].summaries for name in names)]
     means = [
-        Estimate.of([accuracy(results[*task, name]).mean for task in complete]).mean
+        fmean(accuracy(results[*task, name]).mean for task in complete) if complete else None
         for name in names
     ]
-    rows.append(["mean", "", *(f"{mean:.1f}" if complete else "-" for mean in means)])
+    rows.append(["mean", "", *(number(mean, ".1f") for mean in means)])
     for title, baseline, sign in (
         (f"gain over {config.low}", config.low, 1),
         (f"loss to {config.high}", config.high, -1),
@@ -187,6 +187,7 @@ def _table(
         ["data set", "model", *names],
         rows,
         notes,
+        names=2,
     )
 
 

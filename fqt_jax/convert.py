@@ -53,8 +53,8 @@ class ConversionTable(tuple[ConvertedLayer, ...]):
     }
 
     def __str__(self) -> str:
-        rows = ([cell(layer) for cell in self.COLUMNS.values()] for layer in self)
-        return format_table(tuple(self.COLUMNS), rows)
+        rows = [[cell(layer) for cell in self.COLUMNS.values()] for layer in self]
+        return format_table(tuple(self.COLUMNS), rows, names=len(self.COLUMNS))
 
 
 class Conversion(NamedTuple):

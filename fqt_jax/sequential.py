@@ -63,7 +63,7 @@ class Explanation(tuple[Explained, ...]):
             (each.place, each.layer, f"run {each.run}" if each.run else "called", each.why)
             for each in self
         ]
-        return format_table(("part", "layer", "fuses", "because"), rows)
+        return format_table(("part", "layer", "fuses", "because"), rows, names=4)
 
 
 class Sequential(nnx.Sequential):

@@ -96,7 +96,7 @@ def test_a_converted_model_trains_a_step_in_every_layer():
     def loss(params):
         return (nnx.merge(graphdef, params, others, copy=True)(x) ** 2).sum()
 
-    grads = jax.grad(loss)(params)
+    grads = jax.jit(jax.grad(loss))(params)
     for leaf in jax.tree.leaves(grads):
         assert np.isfinite(leaf).all()
         assert np.abs(leaf).max() > 0

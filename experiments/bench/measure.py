@@ -30,7 +30,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
             return result | measure_layers(setting, names, **counts)
         lines = []
         for line in check(setting, names, repeats=request["repeats"]):
-            say(report.check_line(line))
+            say(f"  {line['implementation']}, {line['product']}: {report.verdict(line)}")
             lines.append(line)
         return result | {"check": lines}
     roster = Roster(request["recipes"], request["implementations"], request["contenders"])

@@ -21,9 +21,9 @@ from flax import nnx
 
 import fqt_jax as fqt
 from experiments import cli
+from experiments.show.formats import Table
 from fqt_jax.models import VGGSmall
 from fqt_jax.optimizers import adam
-from fqt_jax.text import format_table
 from fqt_jax.training import CrossEntropy, create_state, make_train_step
 
 _CHANNELS = ((32, 32), (64, 64), (128, 128))
@@ -113,7 +113,11 @@ def measure(config: OwnModelConfig) -> dict[str, tuple[float, float]]:
 def main(config: OwnModelConfig) -> None:
     """Runs the experiment."""
     rows = [[name, f"{ms:.1f}", f"{mib:.1f}"] for name, (ms, mib) in measure(config).items()]
-    print(format_table(("model", "step, ms", "temporaries, MiB"), rows, numbers=True))
+    title = (
+        f"Step of FQT1 with Adam, batch {config.batch_size}, {config.image_size}x"
+        f"{config.image_size}; median of {config.repeats}"
+    )
+    print(Table(title, ["model", "step, ms", "temporaries, MiB"], rows))
 
 
 if __name__ == "__main__":

@@ -7,21 +7,26 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments.bench.contenders import PHASES, Setting
+from experiments.show import style
+from experiments.show.formats import Table, count, number
+from fqt_jax.text import format_table
 
-_STEP_LEGEND = """\
-forward          training-mode forward pass to the loss, keeping nothing, ms
-fwd+bwd          forward and backward pass to the gradients, ms
-update           Adam, ms
-step             a whole training step, ms: median, minimum and maximum
-vs torch, jax    how many times as fast as PyTorch, and as JAX as its user writes it
-G products/s     multiply-adds of convolutions and dense layers left by pruning, over the step
-of peak          the same over the rate of an fp32 matrix product here
-temp             temporary memory of the compiled step, MiB; args: what goes in (state and data)"""
+_STEP_COLUMNS = {
+    "forward": "training-mode forward pass to the loss, keeping nothing, ms",
+    "fwd+bwd": "forward and backward pass to the gradients, ms",
+    "update": "Adam, ms",
+    "step": "a whole training step, ms: median, minimum and maximum",
+    "vs torch, jax": "how many times as fast as PyTorch, and as JAX as its user writes it",
+    "G products/s": "multiply-adds of convolutions and dense layers left by pruning, over the step",
+    "of peak": "the same over the rate of an fp32 matrix product here",
+    "temp": "temporary memory of the compiled step, MiB; args: what goes in (state and data)",
+}
 
-_RSS_LEGEND = """\
-RSS steps        peak of the process's resident memory over two steps, MiB, in a process of its own
-RSS building     the same until the first step is over, compilation included
-RSS imports      the same before the model is made"""
+_RSS_COLUMNS = {
+    "RSS steps": "peak of the resident memory of a process of its own over two steps, MiB",
+    "RSS building": "the same until the first step is over, compilation included",
+    "RSS imports": "the same before the model is made",
+}
 
 _LAYER_LEGEND = """\
 Products as FQT1 does them (4-bit gradients, a quarter of the groups kept), rounding included,
@@ -35,16 +40,15 @@ def tables(report: dict[str, Any], setting: Setting) -> str:
     every = [*report["runs"], *report["layers"], *report["check"]]
     if every:
         parts.append(_heading(every[0]["machine"], setting))
-    for run in report["runs"]:
-        parts += [_step_table(run), *run["left_out"]]
+    parts += [str(_step_table(run)) for run in report["runs"]]
     if report["runs"]:
-        parts.append(_STEP_LEGEND + ("\n" + _RSS_LEGEND if _has_rss(report["runs"]) else ""))
-    for run in report["layers"]:
-        parts.append(_layer_table(run))
+        legend = _STEP_COLUMNS | (_RSS_COLUMNS if _has_rss(report["runs"]) else {})
+        rows = [[name, meaning] for name, meaning in legend.items()]
+        parts.append(format_table(["column", "meaning"], rows, names=2))
+    parts += [str(_layer_table(run)) for run in report["layers"]]
     if report["layers"]:
         parts.append(_LAYER_LEGEND)
-    for run in report["check"]:
-        parts.append("\n".join(check_line(line) for line in run["check"]))
+    parts += [str(_check_table(run)) for run in report["check"]]
     return "\n\n".join(parts)
 
 
@@ -62,49 +66,52 @@ def _has_rss(runs: Sequence[dict[str, Any]]) -> bool:
     return any("rss" in result for run in runs for result in run["contenders"].values())
 
 
-def _step_table(run: dict[str, Any]) -> str:
+def _step_table(run: dict[str, Any]) -> Table:
+    columns = ["contender", "forward", "fwd+bwd", "update", "step", "min", "max", "images/s"]
+    columns += ["vs torch", "vs jax", "G products/s", "of peak", "temp", "args"]
     has_rss = _has_rss([run])
-    header = ["contender", "forward", "fwd+bwd", "update", "step", "min", "max", "images/s"]
-    header += ["vs torch", "vs jax", "G products/s", "of peak", "temp", "args"]
-    header += ["RSS steps", "RSS building", "RSS imports"] if has_rss else []
-    rows = [header]
+    if has_rss:
+        columns += ["RSS steps", "RSS building", "RSS imports"]
+    rows = []
     for name, result in run["contenders"].items():
-        phases = result["phases"]
-        total, memory = phases["total"], result["memory"] or {}
-        row = [name]
-        row += [_ms(phases[p]["median"]) if p in phases else "-" for p in PHASES]
+        phases, speedup, memory = result["phases"], result["speedup"], result["memory"] or {}
+        total = phases["total"]
+        row = [name, *(_ms(phases[p]["median"] if p in phases else None) for p in PHASES)]
         row += [_ms(total["min"]), _ms(total["max"]), f"{result['images_per_second']:.0f}"]
-        row += [_times(result["speedup"].get(other)) for other in ("torch", "jax")]
+        row += [number(speedup.get(other), ".2f") for other in ("torch", "jax")]
         row += [f"{result['rate']:.1f}", f"{result['share_of_peak']:.0%}"]
         row += [_mib(memory.get(key)) for key in ("temp", "argument")]
         if has_rss:
             row += [_mib(result["rss"][key]) for key in ("steps", "building", "before")]
         rows.append(row)
     title = f"{_threads(run)}; fp32 matrix product {run['dot_rate']:.0f} G multiply-adds/s"
-    return f"{title}\n{aligned(rows)}"
+    return Table(title, columns, rows, run["left_out"])
 
 
-def _layer_table(run: dict[str, Any]) -> str:
+def _layer_table(run: dict[str, Any]) -> Table:
     names = list(next(iter(run["totals"].values()))["implementations"])
-    rows = [["layer", "shape", "product", "fp32 dot", *names]]
+    rows = []
     for layer in run["layers"]:
         path = layer["path"] + (f" ({layer['count']} such)" if layer["count"] > 1 else "")
+        head = [path, layer["shape"]]
         for product, entry in layer["products"].items():
             times = {n: t["median"] for n, t in entry["implementations"].items()}
-            rows.append([path, layer["shape"], *_product_cells(product, entry, times, names)])
-            path = layer["shape"] = ""
+            rows.append(
+                [*head, product, *_product_cells(entry, entry["dot"]["median"], times, names)]
+            )
+            head = ["", ""]
     for product, entry in run["totals"].items():
-        cells = _product_cells(product, entry, entry["implementations"], names)
-        rows.append(["all layers", "", *cells])
-    return f"{_threads(run)}\n{aligned(rows, left=3)}"
+        cells = _product_cells(entry, entry["dot"], entry["implementations"], names)
+        rows.append(["all layers", "", product, *cells])
+    columns = ["layer", "shape", "product", "fp32 dot", *names]
+    return Table(_threads(run), columns, rows, names=3)
 
 
 def _product_cells(
-    product: str, entry: dict[str, Any], times: dict[str, float | None], names: Sequence[str]
+    entry: dict[str, Any], dot: float, times: dict[str, float | None], names: Sequence[str]
 ) -> list[str]:
-    work, dot = entry["g_products"], entry["dot"]
-    dot = dot["median"] if isinstance(dot, dict) else dot
-    cells = [product, f"{_ms(dot)}; {1e3 * work / dot:.0f}"]
+    work = entry["g_products"]
+    cells = [f"{_ms(dot)}; {1e3 * work / dot:.0f}"]
     for name in names:
         ms = times.get(name)
         if ms is None:
@@ -114,77 +121,70 @@ def _product_cells(
     return cells
 
 
-def check_line(line: dict[str, Any]) -> str:
-    """One implementation's product against the reference."""
-    verdict = "ok" if line["ok"] else "DIFFERS"
+def verdict(line: dict[str, Any]) -> str:
+    """Whether an implementation's product is that of the reference."""
     if not line["layers"]:
-        return f"{line['implementation']:<8} {line['product']:<21} declined: {line['declined'][0]}"
-    text = (
-        f"{line['implementation']:<8} {line['product']:<21} {verdict:<8}"
-        f"{line['layers']:>3} shapes, max difference {line['difference']:.1e}, "
-        f"{_ms(line['ms'])} ms (xla {_ms(line['xla_ms'])} ms)"
-    )
-    return text + (f"; declined {'; '.join(line['declined'])}" if line["declined"] else "")
+        return "declined"
+    return "ok" if line["ok"] else "DIFFERS"
 
 
-def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Rows as columns, the first ``left`` of them flush left, the rest flush right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i < left else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+def _check_table(run: dict[str, Any]) -> Table:
+    """Each implementation's products against the reference."""
+    rows, notes = [], []
+    for line in run["check"]:
+        own = [line["implementation"], line["product"]]
+        # Where every layer is declined, the first reason stands for all.
+        reasons = line["declined"] if line["layers"] else line["declined"][:1]
+        notes += [f"{', '.join(own)} declined: {reason}" for reason in reasons]
+        measured = [f"{line['difference']:.1e}", _ms(line["ms"]), _ms(line["xla_ms"])]
+        cells = measured if line["layers"] else ["-"] * 3
+        rows.append([*own, verdict(line), str(line["layers"]), *cells])
+    columns = ["implementation", "product", "verdict", "shapes", "max difference", "ms", "xla, ms"]
+    return Table(f"{_threads(run)}: against the reference", columns, rows, notes, names=3)
 
 
 def _threads(run: dict[str, Any]) -> str:
-    return f"{run['threads']} thread" + ("s" if run["threads"] > 1 else "")
+    return count(run["threads"], "thread")
 
 
-def _ms(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _times(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+def _ms(value: float | None) -> str:
+    return number(value, ".3g" if value is None or value < 100 else ".0f")
 
 
 def _mib(value: int | None) -> str:
-    return "-" if value is None else f"{value / 2**20:.0f}"
+    return number(None if value is None else value / 2**20, ".0f")
 
 
 def plot(runs: Sequence[dict[str, Any]], setting: Setting, path: pathlib.Path) -> None:
     """Draws the time of a step and of its parts, a panel for each number of threads."""
-    import matplotlib.figure
-
     n = max(len(run["contenders"]) for run in runs)
-    size = (5 * len(runs) + 1.5, 1.6 + 0.4 * n)
-    figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(1, len(runs), squeeze=False, sharey=True)[0]
-    for axes, run in zip(panels, runs, strict=True):
-        _draw(axes, run)
-        axes.set_title(_threads(run), fontsize=10)
-    panels[0].invert_yaxis()
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
     repeats = len(next(iter(runs[0]["contenders"].values()))["phases"]["total"]["samples"])
-    figure.suptitle(
+    title = (
         f"Training step of {setting.model} x{setting.width:g}, batch {setting.batch_size}, "
         f"{setting.image_size}x{setting.image_size}; median of {repeats}\n"
-        f"{runs[0]['machine']['cpu']}, {runs[0]['machine']['device']}",
-        fontsize=10,
+        f"{runs[0]['machine']['cpu']}, {runs[0]['machine']['device']}"
     )
-    figure.savefig(path, dpi=130)
+    size = (5 * len(runs) + 1.5, 1.6 + 0.4 * n)
+    with style.figure(1, len(runs), size=size, title=title, sharey=True) as (figure, grid):
+        panels = grid[0]
+        for axes, run in zip(panels, runs, strict=True):
+            _draw(axes, run)
+            axes.set_title(_threads(run))
+        panels[0].invert_yaxis()
+        handles = panels[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=4)
+        style.save(figure, path)
+
+
+_PARTS = {"forward": style.COLORS[3], "backward": style.COLORS[4], "update": style.COLORS[0]}
+"""The parts of a step, and their colours."""
 
 
 def _draw(axes: Any, run: dict[str, Any]) -> None:
     """Stacks the parts, as measured on their own, and marks the whole step with its range."""
     names = list(run["contenders"])
     start = [0.0] * len(names)
-    for label, color in (("forward", "#4477aa"), ("backward", "#88ccee"), ("update", "#ddcc77")):
+    for label, color in _PARTS.items():
         widths = [_part(run["contenders"][name]["phases"], label) for name in names]
         axes.barh(names, widths, left=start, label=label, color=color)
         start = [a + b for a, b in zip(start, widths, strict=True)]
@@ -192,16 +192,13 @@ def _draw(axes: Any, run: dict[str, Any]) -> None:
     medians = [t["median"] for t in totals]
     below = [t["median"] - t["min"] for t in totals]
     above = [t["max"] - t["median"] for t in totals]
-    axes.errorbar(
-        medians, names, xerr=[below, above], fmt="k|", label="step, with its range", capsize=2
-    )
+    axes.errorbar(medians, names, xerr=[below, above], fmt="k|", label="step, with its range")
     for i, (name, total) in enumerate(zip(names, totals, strict=True)):
         ratio = run["contenders"][name]["speedup"].get("torch")
         text = f" {_ms(total['median'])}" + (f" ({ratio:.1f}x torch)" if ratio else "")
         axes.text(max(total["max"], start[i]), i, text, va="center", fontsize=8)
     axes.set(xlabel="time (ms)", xlim=(0, 1.35 * max(*start, *(t["max"] for t in totals))))
-    axes.grid(axis="x", alpha=0.3)
-    axes.set_axisbelow(True)
+    axes.grid(visible=False, axis="y")
 
 
 def _part(phases: dict[str, Any], label: str) -> float:

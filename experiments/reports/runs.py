@@ -127,7 +127,7 @@ def _sweeps(folder: pathlib.Path) -> tuple[dict[pathlib.Path, set[pathlib.Path]]
                 rate = entry["rate"] if group.rates else None
                 cells |= {store.folder(group.cell(seed, rate)) for seed in group.seeds}
             tables += [Table(**table) for table in values["tables"]]
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is damaged or not of a sweep: {error}") from None
         chosen[path.parent] = cells
     return chosen, tables

@@ -9,6 +9,10 @@ from typing import Any
 
 import rich.progress
 
+from experiments.show import style
+from experiments.show.curves import curve
+from fqt_jax.text import format_table
+
 
 class Progress:
     """A progress bar on a terminal; elsewhere only the plain line that ends each epoch."""
@@ -86,47 +90,38 @@ class _Rate:
 
 def print_summary(summary: dict[str, Any], folder: pathlib.Path) -> None:
     """Prints what a run came to."""
-    rows = {name: summary[name] for name in ("dataset", "model")}
-    rows["recipe"] = summary["variant"]
-    rows |= {name: summary[name] for name in ("optimizer", "start", "epochs")}
-    rows["parameters"] = f"{summary['parameters']:,}"
-    rows["validation accuracy"] = f"{summary['validation_accuracy']:.2%}"
-    rows["test accuracy"] = f"{summary['test_accuracy']:.2%} of {summary['test_images']} images"
-    rows["seconds"] = summary["seconds"]
-    rows["written to"] = folder
-    for name, value in rows.items():
-        print(f"{name:<20} {value}")
+    found = {name: summary[name] for name in ("dataset", "model")} | {"recipe": summary["variant"]}
+    found |= {name: summary[name] for name in ("optimizer", "start", "epochs")}
+    found["parameters"] = f"{summary['parameters']:,}"
+    found["validation accuracy"] = f"{summary['validation_accuracy']:.2%}"
+    found["test accuracy"] = f"{summary['test_accuracy']:.2%} of {summary['test_images']} images"
+    found["seconds"] = summary["seconds"]
+    rows = [[name, str(value)] for name, value in found.items()]
+    print(format_table([summary["experiment"], str(folder)], rows, names=2))
 
 
 def plot_curves(
     history: list[dict[str, Any]], summary: dict[str, Any] | None, path: pathlib.Path
 ) -> None:
     """Draws loss and accuracy over the epochs; with a summary, the test accuracy too."""
-    import matplotlib.figure
-
-    figure = matplotlib.figure.Figure(figsize=(9, 3.4), layout="constrained")
-    loss, accuracy = figure.subplots(1, 2)
-    epochs = [line["epoch"] for line in history]
-    marker = "o" if len(epochs) < 20 else ""
-    for name, label in (("train", "training"), ("validation", "validation")):
-        losses = [line[f"{name}_loss"] for line in history]
-        accuracies = [100 * line[f"{name}_accuracy"] for line in history]
-        loss.plot(epochs, losses, label=label, marker=marker, markersize=3)
-        accuracy.plot(epochs, accuracies, label=label, marker=marker, markersize=3)
-    loss.set(xlabel="epoch", ylabel="cross-entropy (nats)")
-    accuracy.set(xlabel="epoch", ylabel="accuracy (%)")
+    title = ""
     if summary is not None:
-        test = 100 * summary["test_accuracy"]
-        accuracy.axhline(
-            test, color="black", linestyle=":", linewidth=1, label=f"test, at the end: {test:.1f}"
-        )
-        figure.suptitle(
+        title = (
             f"{summary['dataset']}, {summary['model']} x{summary['width']:g}, "
-            f"{summary['variant']}, {summary['optimizer']}, seed {summary['seed']}",
-            fontsize=10,
+            f"{summary['variant']}, {summary['optimizer']}, seed {summary['seed']}"
         )
-    for axes in (loss, accuracy):
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.savefig(path, dpi=130)
+    with style.figure(1, 2, size=(9, 3.4), title=title) as (figure, grid):
+        loss, accuracy = grid[0]
+        for name, label in (("train", "training"), ("validation", "validation")):
+            curve(loss, [history], f"{name}_loss", label)
+            curve(accuracy, [history], f"{name}_accuracy", label, factor=100)
+        loss.set(xlabel="epoch", ylabel="cross-entropy (nats)")
+        accuracy.set(xlabel="epoch", ylabel="accuracy (%)")
+        if summary is not None:
+            test = 100 * summary["test_accuracy"]
+            label = f"test, at the end: {test:.1f}"
+            accuracy.axhline(test, color="black", linestyle=":", linewidth=1, label=label)
+        loss.legend()
+        accuracy.legend()
+        style.whole_ticks(loss, accuracy)
+        style.save(figure, path)

@@ -43,7 +43,9 @@ def build_task(config: RunConfig, dataset: Dataset, checkpoint: pathlib.Path | N
       UserError, ValueError: an option does not fit.
       CheckpointError: the checkpoint is missing, damaged or of another model.
     """
+    # Before the model, whose making takes seconds.
     check_implementation(config.implementation)
+    recipe = config.build_recipe()
     stem = config.stem
     if stem == "auto":
         stem = "imagenet" if min(dataset.image_size) >= 96 else "small"
@@ -61,7 +63,7 @@ def build_task(config: RunConfig, dataset: Dataset, checkpoint: pathlib.Path | N
         start = f"{checkpoint}" + (" with a new head" if fresh else "")
     model, table = quantize(
         float_model,
-        config.build_recipe(),
+        recipe,
         implementation=config.implementation,
         rngs=nnx.Rngs(config.seed + 1),
     )

@@ -1,4 +1,4 @@
-"""The table and the picture of experiments.convergence."""
+"""The tables and the picture of experiments.convergence."""
 
 from __future__ import annotations
 
@@ -7,100 +7,129 @@ from typing import Any
 
 import numpy as np
 
+from experiments.show import style
+from experiments.show.formats import Table, number, spread
+
 
 def line(row: dict[str, Any]) -> str:
     """One result in one line."""
     return (
-        f"{row['method']:<18}  {row['noise']:<28}  sigma {row['sigma']:<8.3g} "
-        f"regret {row['regret']:.4f} ± {row['standard_error']:.4f}, bound {row['bound']:.3g}"
+        f"{row['method']}, {row['noise']}, sigma {row['sigma']:.3g}: regret {_regret(row)}, "
+        f"bound {row['bound']:.3g}"
     )
 
 
-def table(found: dict[str, Any]) -> str:
-    """Markdown: the fitted slopes, then each regret beside its bound."""
-    lines = [
-        "| optimizer | slope in sigma, measured | of the bound, same points | of the bound, large "
-        "sigma | fitted over sigma |",
-        "|---|---|---|---|---|",
+def _regret(row: dict[str, Any]) -> str:
+    return spread(row["regret"], row["standard_error"], ".4f")
+
+
+def tables(found: dict[str, Any]) -> list[Table]:
+    """The fitted slopes, and each regret beside its bound."""
+    slopes = [
+        [
+            name,
+            number(slope["regret"], ".2f"),
+            number(slope["bound"], ".2f"),
+            number(slope["bound_at_large_sigma"], ".2f"),
+            f"{min(sigmas):.3g} to {max(sigmas):.3g}" if (sigmas := slope["sigmas"]) else "-",
+        ]
+        for name, slope in found["slopes"].items()
     ]
-    for name, slope in found["slopes"].items():
-        over = (
-            f"{min(slope['sigmas']):.3g} to {max(slope['sigmas']):.3g}" if slope["sigmas"] else ""
-        )
-        measured, bound = (
-            "-" if slope[k] is None else f"{slope[k]:.2f}" for k in ("regret", "bound")
-        )
-        large = f"{slope['bound_at_large_sigma']:.2f}"
-        lines.append(f"| {name} | {measured} | {bound} | {large} | {over} |")
-    lines += [
-        "",
-        "| optimizer | noise | sigma | average regret | bound | regret / bound |",
-        "|---|---|---|---|---|---|",
+    regrets = [
+        [
+            row["method"],
+            row["noise"],
+            f"{row['sigma']:.3g}",
+            _regret(row),
+            f"{row['bound']:.3g}",
+            f"{row['regret'] / row['bound']:.3f}",
+        ]
+        for row in found["rows"]
     ]
-    for row in found["rows"]:
-        lines.append(
-            f"| {row['method']} | {row['noise']} | {row['sigma']:.3g} | {row['regret']:.4f} ± "
-            f"{row['standard_error']:.4f} | {row['bound']:.3g} | "
-            f"{row['regret'] / row['bound']:.3f} |"
-        )
     verdict = "all" if found["all_under_bound"] else "NOT all"
-    lines += ["", f"{verdict} {len(found['rows'])} regrets are under their bounds."]
-    return "\n".join(lines) + "\n"
+    return [
+        Table(
+            "Growth of the regret with sigma, the norm of the noise, on logarithmic scales",
+            [
+                "optimizer",
+                "slope, measured",
+                "of the bound, same points",
+                "of the bound, large sigma",
+                "fitted over sigma",
+            ],
+            slopes,
+        ),
+        Table(
+            "Average regret in nats, mean ± standard error",
+            ["optimizer", "noise", "sigma", "regret", "bound", "regret / bound"],
+            regrets,
+            [f"{verdict} {len(regrets)} regrets are under their bounds."],
+            names=2,
+        ),
+    ]
 
 
 def plot(found: dict[str, Any], path: pathlib.Path) -> None:
     """Regret and bound over sigma, and the excess over the regret without noise, with its fit."""
-    import matplotlib.figure
-
     config = found["config"]
-    figure = matplotlib.figure.Figure(figsize=(11, 4.6), layout="constrained")
-    regret, excess = figure.subplots(1, 2)
-    for i, (name, slope) in enumerate(found["slopes"].items()):
-        colour = f"C{i}"
-        rows = [row for row in found["rows"] if row["method"] == name]
-        base = rows[0]["regret"]
-        controlled = [row for row in rows[1:] if row["noise"] == "controlled"]
-        real = [row for row in rows if row["noise"] != "controlled"]
-        sigma = [row["sigma"] for row in controlled]
-        regret.plot(sigma, [row["regret"] for row in controlled], "o-", color=colour, label=name)
-        regret.plot(sigma, [row["bound"] for row in controlled], "--", color=colour)
-        regret.plot(
-            [row["sigma"] for row in real], [row["regret"] for row in real], "x", color=colour
-        )
-        over = [row for row in controlled if row["regret"] - base > 4 * row["standard_error"]]
-        excess.errorbar(
-            [row["sigma"] for row in over],
-            [row["regret"] - base for row in over],
-            [row["standard_error"] for row in over],
-            fmt="o",
-            color=colour,
-            markersize=4,
-        )
-        for row in real:
-            if row["regret"] - base > 4 * row["standard_error"]:
-                excess.plot(row["sigma"], row["regret"] - base, "x", color=colour)
-        if slope["regret"] is not None:
-            x = np.array(slope["sigmas"])
-            logs = [np.log(r["regret"] - base) for r in controlled if r["sigma"] in slope["sigmas"]]
-            y = np.exp(np.mean(logs) + slope["regret"] * (np.log(x) - np.mean(np.log(x))))
-            excess.plot(x, y, "-", color=colour, label=f"{name}: slope {slope['regret']:.2f}")
-    regret.plot([], [], "k--", label="bound")
-    for axes in (regret, excess):
-        axes.plot([], [], "kx", label="real quantizers")
-    excess.axhline(found["ceiling"], color="grey", linewidth=1, linestyle=":")
-    excess.text(
-        0.01, found["ceiling"] * 1.1, "fits end here", fontsize=8, color="grey",
-        transform=excess.get_yaxis_transform(),
-    )  # fmt: skip
-    regret.set(ylabel="average regret (nats)", title="Regret and its bound")
-    excess.set(ylabel="regret above that without noise (nats)", title="Growth with the noise")
-    for axes in (regret, excess):
-        axes.set(xscale="log", yscale="log", xlabel="sigma, norm of the gradient's noise (rms)")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    figure.suptitle(
+    title = (
         f"Logistic regression on {config['images']} digits, |w| <= {config['half_width']:g}, "
-        f"T = {config['steps']}, n = {config['runs']} runs",
-        fontsize=10,
+        f"T = {config['steps']}, n = {config['runs']} runs"
     )
-    figure.savefig(path, dpi=130)
+    with style.figure(1, 2, size=(11, 4.6), title=title) as (figure, grid):
+        regret, excess = grid[0]
+        for (name, slope), color in zip(found["slopes"].items(), style.COLORS, strict=False):
+            base, *noisy = [row for row in found["rows"] if row["method"] == name]
+            _draw(regret, excess, name, base["regret"], noisy, color)
+            if slope["regret"] is not None:
+                _draw_fit(excess, name, base["regret"], noisy, slope, color)
+        regret.plot([], [], "k--", label="bound")
+        excess.axhline(found["ceiling"], color="grey", linewidth=1, linestyle=":")
+        excess.text(
+            0.01, found["ceiling"] * 1.1, "fits end here", fontsize=8, color="grey",
+            transform=excess.get_yaxis_transform(),
+        )  # fmt: skip
+        regret.set(ylabel="average regret (nats)", title="Regret and its bound")
+        excess.set(ylabel="regret above that without noise (nats)", title="Growth with the noise")
+        for axes in (regret, excess):
+            axes.plot([], [], "kx", markersize=5, label="real quantizers")
+            axes.set(xscale="log", yscale="log", xlabel="sigma, norm of the gradient's noise (rms)")
+            axes.legend()
+        style.save(figure, path)
+
+
+def _draw(
+    regret: Any, excess: Any, name: str, base: float, noisy: list[dict[str, Any]], color: str
+) -> None:
+    """One optimizer's results; of the excess, where it is above four standard errors."""
+    controlled = [row for row in noisy if row["noise"] == "controlled"]
+    real = [row for row in noisy if row["noise"] != "controlled"]
+    sigma = [row["sigma"] for row in controlled]
+    regret.plot(sigma, [row["regret"] for row in controlled], "o-", color=color, label=name)
+    regret.plot(sigma, [row["bound"] for row in controlled], "--", color=color)
+    cross = {"linestyle": "", "marker": "x", "markersize": 5, "color": color}
+    regret.plot([row["sigma"] for row in real], [row["regret"] for row in real], **cross)
+    for row in noisy:
+        over = row["regret"] - base
+        if over > 4 * row["standard_error"]:
+            if row["noise"] == "controlled":
+                excess.errorbar(
+                    row["sigma"], over, row["standard_error"], fmt="o", color=color, capsize=0
+                )
+            else:
+                excess.plot(row["sigma"], over, **cross)
+
+
+def _draw_fit(
+    excess: Any,
+    name: str,
+    base: float,
+    noisy: list[dict[str, Any]],
+    slope: dict[str, Any],
+    color: str,
+) -> None:
+    sigmas = np.array(slope["sigmas"])
+    fitted = [row for row in noisy if row["noise"] == "controlled" and row["sigma"] in sigmas]
+    logs = np.log([row["regret"] - base for row in fitted])
+    y = np.exp(np.mean(logs) + slope["regret"] * (np.log(sigmas) - np.mean(np.log(sigmas))))
+    excess.plot(sigmas, y, "-", color=color, label=f"{name}: slope {slope['regret']:.2f}")

@@ -1,17 +1,33 @@
-"""Estimates and tables, the same on the screen, as Markdown, LaTeX and HTML."""
+"""Numbers and tables, the same on the screen, as Markdown, LaTeX and HTML."""
 
 from __future__ import annotations
 
 import dataclasses
 import html
 import statistics
-import sys
 from collections.abc import Sequence
-from typing import Literal
 
-import rich.console
-import rich.markup
-import rich.table
+from fqt_jax.text import check_rows, format_table
+
+
+def number(value: float | None, form: str = "g") -> str:
+    """A number, or a dash for one that there is not.
+
+    Example:
+      >>> number(2.5), number(0.25, ".0%"), number(None)
+      ('2.5', '25%', '-')
+    """
+    return "-" if value is None else format(value, form)
+
+
+def spread(middle: float, width: float, form: str = ".1f") -> str:
+    """A number with its deviation or its error.
+
+    Example:
+      >>> spread(81.23, 0.31)
+      '81.2 ± 0.3'
+    """
+    return f"{middle:{form}} ± {width:{form}}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +53,7 @@ class Estimate:
     def __str__(self) -> str:
         if self.n == 0:
             return "-"
-        return f"{self.mean:.1f}" + (f" ± {self.deviation:.1f}" if self.n > 1 else "")
+        return spread(self.mean, self.deviation) if self.n > 1 else f"{self.mean:.1f}"
 
     def text(self, seeds: int) -> str:
         """With the number of values, where it is not that of the seeds."""
@@ -46,25 +62,53 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table of text, the same in every form.
+    """A table of text, the same in every form; prints as plain text.
+
+    Attributes:
+      title: one line above it.
+      columns: names of the columns.
+      rows: as many cells each.
+      notes: lines below it.
+      names: how many columns, the first ones, hold names and stand left; the rest are numbers and
+        stand right.
+
+    Raises:
+      ValueError: there is no column, or a row has more or fewer cells.
 
     Example:
-      >>> print(Table("Accuracy, %", ["recipe", "adam"], [["qat", "97.1"]]).to_markdown())
-      **Accuracy, %**
-      <BLANKLINE>
-      | recipe | adam |
-      |---|---|
-      | qat | 97.1 |
-      <BLANKLINE>
+      >>> print(Table("Accuracy, %", ["recipe", "adam"], [["qat", "97.1"], ["psq1", "8.6"]]))
+      Accuracy, %
+      recipe  adam
+      ------------
+      qat     97.1
+      psq1     8.6
     """
 
     title: str
     columns: list[str]
     rows: list[list[str]]
     notes: list[str] = dataclasses.field(default_factory=list)
+    names: int = 1
+
+    def __post_init__(self) -> None:
+        check_rows(self.columns, self.rows)
+
+    def __str__(self) -> str:
+        body = format_table(self.columns, self.rows, names=self.names)
+        return "\n".join([self.title, body, *self.notes])
 
     def to_markdown(self) -> str:
-        """As GitHub's Markdown."""
+        """As GitHub's Markdown.
+
+        Example:
+          >>> print(Table("Accuracy, %", ["recipe", "adam"], [["qat", "97.1"]]).to_markdown())
+          **Accuracy, %**
+          <BLANKLINE>
+          | recipe | adam |
+          |---|---|
+          | qat | 97.1 |
+          <BLANKLINE>
+        """
 
         def line(cells: list[str]) -> str:
             return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
@@ -99,13 +143,14 @@ class Table:
             return " & ".join(_latex(cell) for cell in cells) + r" \\"
 
         notes = [rf"\item {_latex(note)}" for note in self.notes]
+        sides = "l" * self.names + "r" * (len(self.columns) - self.names)
         return "\n".join(
             [
                 r"\begin{table}",
                 r"\centering",
                 r"\begin{threeparttable}",
                 rf"\caption{{{_latex(self.title)}}}",
-                rf"\begin{{tabular}}{{{''.join(side[0] for side in self._sides())}}}",
+                rf"\begin{{tabular}}{{{sides}}}",
                 r"\toprule",
                 line(self.columns),
                 r"\midrule",
@@ -118,12 +163,6 @@ class Table:
                 "",
             ]
         )
-
-    def _sides(self) -> list[Literal["left", "right"]]:
-        """Where each column's cells stand: names on the left, numbers on the right."""
-        columns = zip(*self.rows, strict=True) if self.rows else [()] * len(self.columns)
-        named = [bool(column) and all(cell[:1].isalpha() for cell in column) for column in columns]
-        return ["left" if i == 0 or name else "right" for i, name in enumerate(named)]
 
     def to_html(self) -> str:
         """As HTML, without style.
@@ -145,19 +184,21 @@ class Table:
             f"<tbody>{body}</tbody></table>{notes}"
         )
 
-    def show(self) -> None:
-        """On the screen."""
-        # Off a terminal nothing says how wide it may be; a table that wraps is hard to read.
-        console = rich.console.Console(width=None if sys.stdout.isatty() else 160)
-        table = rich.table.Table()
-        for column, side in zip(self.columns, self._sides(), strict=True):
-            table.add_column(rich.markup.escape(column), justify=side)
-        for row in self.rows:
-            table.add_row(*(rich.markup.escape(cell) for cell in row))
-        console.print(f"\n{rich.markup.escape(self.title)}")
-        console.print(table)
-        for note in self.notes:
-            console.print(rich.markup.escape(note))
+
+def show(tables: Sequence[Table]) -> None:
+    """Prints tables, an empty line before each."""
+    for table in tables:
+        print(f"\n{table}")
+
+
+def to_markdown(tables: Sequence[Table]) -> str:
+    """Tables as one page of Markdown."""
+    return "\n".join(table.to_markdown() for table in tables)
+
+
+def to_latex(tables: Sequence[Table]) -> str:
+    """Tables as one piece of LaTeX."""
+    return "\n".join(table.to_latex() for table in tables)
 
 
 def count(n: int, noun: str) -> str:

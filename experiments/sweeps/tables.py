@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.show.formats import Estimate, Table
+from experiments.runs.folders import write_text
+from experiments.show.formats import Estimate, Table, show, to_latex, to_markdown
 from experiments.sweeps.sweep import Result
 
 
@@ -45,16 +46,15 @@ def publish(
     Raises:
       SystemExit: a run failed; the status is 1.
     """
-    for table in tables:
-        table.show()
-    (root / "tables.md").write_text("\n".join(table.to_markdown() for table in tables))
-    (root / "tables.tex").write_text("\n".join(table.to_latex() for table in tables))
+    show(tables)
+    write_text(root / "tables.md", to_markdown(tables))
+    write_text(root / "tables.tex", to_latex(tables))
     report = {
         "options": options,
         "groups": [result.to_json() for result in results],
         "tables": [dataclasses.asdict(table) for table in tables],
     }
-    (root / "results.json").write_text(json.dumps(report, indent=1, default=str) + "\n")
+    write_text(root / "results.json", json.dumps(report, indent=1, default=str) + "\n")
     print(f"written to {root}: tables.md, tables.tex, results.json, and each run in cells")
     failures = {name: error for result in results for name, error in result.failures.items()}
     for name, error in failures.items():

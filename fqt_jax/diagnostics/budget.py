@@ -87,8 +87,8 @@ class Budget(tuple[LayerBudget, ...]):
     }
 
     def __str__(self) -> str:
-        rows = ([cell(layer) for cell in self.COLUMNS.values()] for layer in self)
-        table = format_table(tuple(self.COLUMNS), rows, numbers=True)
+        rows = [[cell(layer) for cell in self.COLUMNS.values()] for layer in self]
+        table = format_table(tuple(self.COLUMNS), rows)
         total = (
             f"weights {self.weight_bytes / 1024:.1f} KiB "
             f"(float: {4 * sum(layer.weights for layer in self) / 1024:.1f}), kept for backward "

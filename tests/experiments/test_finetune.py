@@ -317,7 +317,10 @@ def call(*arguments: str, cwd: pathlib.Path) -> subprocess.CompletedProcess[str]
     [
         (("--recipe", "fqt2", "--from-scratch"), "unknown recipe 'fqt2'"),
         (("--epochs", "0"), "epochs must be at least 1"),
-        (("--from-scratch", "--out", "/proc/run"), "/proc"),
+        (
+            ("--from-scratch", "--model", "vgg_small", "--width", "0.1", "--out", "/proc/run"),
+            "/proc",
+        ),
     ],
 )
 def test_the_command_line_gives_one_line_and_a_status(arguments, message, tmp_path):

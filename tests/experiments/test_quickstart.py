@@ -12,6 +12,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning")
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(jax.config.jax_compilation_cache_dir))

@@ -155,6 +155,13 @@ def test_bad_folders_are_named(tmp_path):
         read([folder])
 
 
+def test_a_sweep_whose_table_is_damaged_is_named(tmp_path):
+    table = {"title": "t", "columns": ["recipe", "adam"], "rows": [["fqt1"]], "notes": []}
+    (tmp_path / "results.json").write_text(json.dumps({"groups": [], "tables": [table]}))
+    with pytest.raises(UserError, match=r"results\.json is damaged or not of a sweep: row 0 of a"):
+        read([tmp_path])
+
+
 def test_options_of_other_versions_do_not_matter(tmp_path):
     folder = write_run(tmp_path / "a")
     config = dataclasses.asdict(FinetuneConfig()) | {"a_new_option": 3}

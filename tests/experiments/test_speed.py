@@ -1,5 +1,6 @@
 import json
 import math
+import pathlib
 import sys
 
 import jax
@@ -195,7 +196,9 @@ def test_layers_and_check_in_process(capsys):
     assert "input_grad" in capsys.readouterr().err
     report = {"runs": [], "layers": [run], "check": [checked]}
     assert json.loads(json.dumps(report)) == report
+    written = json.dumps(report)
     text = speed_report.tables(report, config.setting())
+    assert json.dumps(report) == written  # what is shown is not changed by it
     assert "weight_grad shared" in text
     assert "max difference" in text
 
@@ -223,7 +226,9 @@ def test_a_mismatch_is_the_exit_status(monkeypatch, capsys):
     assert stop.value.code == 1
     assert "DIFFERS" in capsys.readouterr().out
     declined = line | {"layers": 0, "declined": ["stages/0/1: too small"], "ok": True}
-    assert "declined: stages/0/1: too small" in speed_report.check_line(declined)
+    report = {"runs": [], "layers": [], "check": [run | {"check": [declined]}]}
+    text = speed_report.tables(report, TINY)
+    assert "xla, forward declined: stages/0/1: too small" in text
 
 
 def test_the_report_round_trips_and_draws(monkeypatch, tmp_path, capsys):
@@ -270,7 +275,8 @@ def test_one_measurement_in_a_process_of_its_own():
         ({"threads": ("0",)}, "threads must be"),
         ({"threads": ("many",)}, "threads must be"),
         ({"threads": ("100000",)}, "threads must be"),
-        ({"plot": "a.png", "layers": True}, "plot"),
+        ({"plot": pathlib.Path("a.png"), "layers": True}, "plot"),
+        ({"plot": pathlib.Path("a.jpeg")}, r"plot must end in \.png, \.svg, \.pdf; got a\.jpeg"),
         ({"memory": True, "check": True}, "memory"),
     ],
 )
@@ -303,7 +309,7 @@ def test_without_torch_the_rest_runs(monkeypatch):
 def test_an_unwritable_path_is_found_before_measuring(monkeypatch, tmp_path):
     monkeypatch.setattr(speed, "in_process", lambda request: pytest.fail("measured"))
     for option in ("json", "plot"):
-        config = speed.SpeedConfig(**{option: tmp_path / "missing" / "file"})
+        config = speed.SpeedConfig(**{option: tmp_path / "missing" / "file.png"})
         with pytest.raises(FileNotFoundError):
             speed.main(config)
 

@@ -212,7 +212,7 @@ def drawn(monkeypatch) -> list:
 
 
 def row(group: str, name: str, *errors: float, **columns: str) -> Row:
-    return Row(group, name, Estimate.of(errors), columns)
+    return Row(group, name, Estimate.of(errors), "fqt1", columns)
 
 
 def test_rows_stand_in_their_groups_by_error_with_their_intervals(tmp_path, monkeypatch):
@@ -235,7 +235,7 @@ def test_rows_stand_in_their_groups_by_error_with_their_intervals(tmp_path, monk
     (whisker,) = points[heights["four"]][2][0].get_segments()
     np.testing.assert_allclose(whisker[:, 0], [5 - 2**0.5, 5 + 2**0.5])
     assert points[heights["all"]][2] == ()  # of one seed there is no deviation
-    beside = {(text.get_position()[1], text.get_text()) for text in axes.texts}
+    beside = {(getattr(t, "xy", t.get_position())[1], t.get_text()) for t in axes.texts}
     named = {(heights["four"], "4"), (heights["one"], "1"), (heights["half"], "2")}
     assert beside >= named | {(heights["none"], "no run finished")}
 
