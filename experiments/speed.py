@@ -5,8 +5,9 @@
     python -m experiments.speed --check      # do all implementations agree? e.g. on a GPU
 
 The contenders take turns in one process, so that a slow spell of the machine hits all alike. They
-are torch (PyTorch, fp32), jax (fp32 as a user writes it), full_precision (fp32 with the library's
-convolutions) and the recipes, as recipe/implementation.
+are PyTorch (torch: fp32, torch_bf16: autocast, and each through torch.compile), JAX as a user
+writes it (jax: fp32, jax_bf16), full_precision (fp32 with the library's convolutions) and the
+recipes, as recipe/implementation.
 """
 
 from __future__ import annotations

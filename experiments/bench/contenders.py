@@ -24,6 +24,16 @@ from fqt_jax.recipe import FQT1, FULL_PRECISION, RECIPES, Recipe
 from fqt_jax.training import CrossEntropy, create_state, make_train_step
 
 PHASES = ("forward", "forward_backward", "update", "total")
+FLOATS = (
+    "torch",
+    "torch_compile",
+    "torch_bf16",
+    "torch_bf16_compile",
+    "jax",
+    "jax_bf16",
+    "full_precision",
+)
+"""The contenders that quantize nothing."""
 LEARNING_RATE = 1e-3
 
 
@@ -108,6 +118,7 @@ class JaxContender:
       recipe: the recipe that the model is converted by; ``None`` leaves it as its user wrote it.
       implementation: of the kernels.
       estimator: of the step.
+      dtype: what the layers compute in; their parameters stay float32.
     """
 
     def __init__(
@@ -116,10 +127,11 @@ class JaxContender:
         recipe: Recipe | None,
         implementation: str | None = None,
         estimator: Estimator = FullBatch(),
+        dtype: Any = None,
     ):
         self.name = name
         self._recipe, self._implementation = recipe, implementation
-        self._estimator = estimator
+        self._estimator, self._dtype = estimator, dtype
 
     def build(self, setting: Setting) -> None:
         """See :class:`Contender`."""
@@ -127,6 +139,8 @@ class JaxContender:
 
         def start() -> Any:
             model = setting.create_model()
+            if self._dtype is not None:
+                _compute_in(self._dtype, model)
             if self._recipe is not None:
                 model, table = quantize(model, self._recipe, implementation=self._implementation)
                 recipes.update((row.path, row.recipe) for row in table)
@@ -207,6 +221,13 @@ class JaxContender:
         names = ("temp", "argument", "output", "alias")
         memory = analysis and {n: getattr(analysis, f"{n}_size_in_bytes") for n in names}
         return {"products": self._products, "memory": memory or None}
+
+
+def _compute_in(dtype: Any, model: Any) -> None:
+    """As if the layers had been made with this ``dtype``."""
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, nnx.Conv | nnx.Linear | nnx.BatchNorm):
+            module.dtype = dtype
 
 
 def _forward(graphdef: Any, loss: CrossEntropy) -> Any:
@@ -301,8 +322,15 @@ class Roster:
     ):
         from experiments.bench.torch_steps import TorchContender, missing
 
-        everything: dict[str, Contender] = {"torch": TorchContender("torch")}
-        everything["jax"] = JaxContender("jax", None)
+        rivals: list[Contender] = [
+            TorchContender("torch"),
+            TorchContender("torch_compile", compiled=True),
+            TorchContender("torch_bf16", bfloat16=True),
+            TorchContender("torch_bf16_compile", bfloat16=True, compiled=True),
+            JaxContender("jax", None),
+            JaxContender("jax_bf16", None, dtype=jnp.bfloat16),
+        ]
+        everything = {contender.name: contender for contender in rivals}
         for name in recipes:
             recipe, estimator = SPEED_RECIPES[name]
             if not recipe.binary:
@@ -317,9 +345,11 @@ class Roster:
         self.left_out: list[str] = []
         reason = missing()
         if reason is not None:
-            if "torch" in chosen:
+            of_torch = [name for name in everything if name.startswith("torch")]
+            if set(of_torch) & set(chosen):
                 raise UserError(reason)
-            del everything["torch"]
+            for name in of_torch:
+                del everything[name]
             if not chosen:
                 self.left_out.append(reason)
         self.contenders = [c for name, c in everything.items() if not chosen or name in chosen]

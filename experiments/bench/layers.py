@@ -18,6 +18,7 @@ from fqt_jax import kernels
 from fqt_jax.binarize import PackedBits
 from fqt_jax.convert import quantize
 from fqt_jax.grouping import roundings
+from fqt_jax.kernels import native
 from fqt_jax.kernels.contract import UnsupportedError, Window
 from fqt_jax.recipe import FQT1, QAT
 from fqt_jax.rounding import seeds_from_key
@@ -101,6 +102,13 @@ class Operands:
         compiled = jax.jit(function).lower(*operands).compile()
         return lambda: jax.block_until_ready(compiled(*operands))
 
+    def is_on_tiles(self, name: str) -> bool:
+        """Whether the native kernels compute one of :data:`PRODUCTS` on matrix tiles."""
+        layer = self.layer
+        return native.uses_tiles(
+            name.split()[0], layer.input, layer.output[3], window_of(layer), self.rounding.get(name)
+        )
+
 
 def window_of(layer: LayerShape) -> Window:
     """The window of a layer that can be quantized, as all of our models can."""
@@ -149,8 +157,9 @@ def measure_layers(
 
     Returns:
       ``layers``, a list with ``path``, ``shape``, ``count`` and, for each product,
-      ``g_products``, ``dot`` (summary in ms) and by implementation a summary in ms, or the reason
-      why it does not serve the case; ``totals`` over all layers; ``dot_rate``.
+      ``g_products``, ``dot`` (summary in ms), ``on_tiles`` (whether ``native`` ran on matrix tiles)
+      and by implementation a summary in ms, or the reason why it does not serve the case;
+      ``totals`` over all layers; ``dot_rate``.
     """
     shapes = quantized_layers(setting)
     layers = []
@@ -196,6 +205,7 @@ def _measure_product(
         "dot": times.pop("dot"),
         "implementations": times,
         "declined": declined,
+        "on_tiles": "native" in times and operands.is_on_tiles(name),
     }
 
 

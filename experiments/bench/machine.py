@@ -35,7 +35,10 @@ def limit_cpus(n: int) -> None:
 
 
 def describe() -> dict[str, Any]:
-    """Processor, memory, system, versions and date; ``device`` is what JAX computes on."""
+    """Processor, memory, system, versions and date.
+
+    ``device`` is what JAX computes on, ``isas`` the instruction sets that each library uses here.
+    """
     import jax
 
     versions = {}
@@ -48,11 +51,23 @@ def describe() -> dict[str, Any]:
         "cpus": available_cpus(),
         "memory_gib": round(memory / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
+        "isas": _instruction_sets(),
         "device": f"{jax.default_backend()}: {jax.devices()[0].device_kind}",
         "python": platform.python_version(),
         "versions": versions,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def _instruction_sets() -> dict[str, str]:
+    from fqt_jax.kernels import native
+
+    isas = {"fqt_jax": native.instruction_set() or "none"}
+    with contextlib.suppress(ImportError):
+        import torch
+
+        isas["torch"] = torch.backends.cpu.get_cpu_capability()
+    return isas
 
 
 def _cpu_model() -> str:

@@ -16,7 +16,8 @@ _STEP_COLUMNS = {
     "fwd+bwd": "forward and backward pass to the gradients, ms",
     "update": "Adam, ms",
     "step": "a whole training step, ms: median, minimum and maximum",
-    "vs torch, jax": "how many times as fast as PyTorch, and as JAX as its user writes it",
+    "vs float": "how many times as fast as the fastest contender that quantizes nothing",
+    "vs torch, jax": "as PyTorch in fp32, uncompiled, and as JAX in fp32 as its user writes it",
     "G products/s": "multiply-adds of convolutions and dense layers left by pruning, over the step",
     "of peak": "the same over the rate of an fp32 matrix product here",
     "temp": "temporary memory of the compiled step, MiB; args: what goes in (state and data)",
@@ -31,7 +32,8 @@ _RSS_COLUMNS = {
 _LAYER_LEGEND = """\
 Products as FQT1 does them (4-bit gradients, a quarter of the groups kept), rounding included,
 packing of signs and drawing of groups excluded. ms; G products/s; and in parentheses how many
-times as fast as an fp32 BLAS matrix product of the same number of multiply-adds."""
+times as fast as an fp32 BLAS matrix product of the same number of multiply-adds. What the native
+kernels computed on matrix tiles is marked so; the rest is by look-up."""
 
 
 def tables(report: dict[str, Any], setting: Setting) -> str:
@@ -58,6 +60,7 @@ def _heading(machine: dict[str, Any], setting: Setting) -> str:
     return (
         f"{setting.model} x{setting.width:g}, batch {setting.batch_size}, {size}x{size}\n"
         f"{machine['cpu']}, {machine['device']}, {machine['memory_gib']:g} GiB\n"
+        f"instruction sets: {', '.join(f'{k} {v}' for k, v in machine['isas'].items())}\n"
         f"Python {machine['python']}, {versions}\n{machine['date']}"
     )
 
@@ -68,7 +71,7 @@ def _has_rss(runs: Sequence[dict[str, Any]]) -> bool:
 
 def _step_table(run: dict[str, Any]) -> Table:
     columns = ["contender", "forward", "fwd+bwd", "update", "step", "min", "max", "images/s"]
-    columns += ["vs torch", "vs jax", "G products/s", "of peak", "temp", "args"]
+    columns += ["vs float", "vs torch", "vs jax", "G products/s", "of peak", "temp", "args"]
     has_rss = _has_rss([run])
     if has_rss:
         columns += ["RSS steps", "RSS building", "RSS imports"]
@@ -78,7 +81,7 @@ def _step_table(run: dict[str, Any]) -> Table:
         total = phases["total"]
         row = [name, *(_ms(phases[p]["median"] if p in phases else None) for p in PHASES)]
         row += [_ms(total["min"]), _ms(total["max"]), f"{result['images_per_second']:.0f}"]
-        row += [number(speedup.get(other), ".2f") for other in ("torch", "jax")]
+        row += [number(speedup.get(other), ".2f") for other in ("float", "torch", "jax")]
         row += [f"{result['rate']:.1f}", f"{result['share_of_peak']:.0%}"]
         row += [_mib(memory.get(key)) for key in ("temp", "argument")]
         if has_rss:
@@ -96,9 +99,11 @@ def _layer_table(run: dict[str, Any]) -> Table:
         head = [path, layer["shape"]]
         for product, entry in layer["products"].items():
             times = {n: t["median"] for n, t in entry["implementations"].items()}
-            rows.append(
-                [*head, product, *_product_cells(entry, entry["dot"]["median"], times, names)]
-            )
+            cells = _product_cells(entry, entry["dot"]["median"], times, names)
+            if entry["on_tiles"]:
+                i = 1 + names.index("native")
+                cells[i] += " tiles"
+            rows.append([*head, product, *cells])
             head = ["", ""]
     for product, entry in run["totals"].items():
         cells = _product_cells(entry, entry["dot"], entry["implementations"], names)
@@ -194,8 +199,8 @@ def _draw(axes: Any, run: dict[str, Any]) -> None:
     above = [t["max"] - t["median"] for t in totals]
     axes.errorbar(medians, names, xerr=[below, above], fmt="k|", label="step, with its range")
     for i, (name, total) in enumerate(zip(names, totals, strict=True)):
-        ratio = run["contenders"][name]["speedup"].get("torch")
-        text = f" {_ms(total['median'])}" + (f" ({ratio:.1f}x torch)" if ratio else "")
+        ratio = run["contenders"][name]["speedup"].get("float")
+        text = f" {_ms(total['median'])}" + (f" ({ratio:.1f}x float)" if ratio else "")
         axes.text(max(total["max"], start[i]), i, text, va="center", fontsize=8)
     axes.set(xlabel="time (ms)", xlim=(0, 1.35 * max(*start, *(t["max"] for t in totals))))
     axes.grid(visible=False, axis="y")

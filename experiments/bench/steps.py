@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from experiments.bench import machine
-from experiments.bench.contenders import PHASES, Contender, Setting
+from experiments.bench.contenders import FLOATS, PHASES, Contender, Setting
 from experiments.cli import UserError
 from fqt_jax.kernels.contract import UnsupportedError
 
@@ -106,18 +106,19 @@ def compare(results: dict[str, dict[str, Any]], batch_size: int, dot_rate: float
 
     ``images_per_second``; ``rate``, the products of its convolutions and dense layers in G/s over
     the whole step, and ``share_of_peak``, that over ``dot_rate``; ``speedup``, how many times as
-    fast it is as ``torch`` and as ``jax``, where those took part.
+    fast it is as ``torch``, as ``jax`` and as the fastest of :data:`FLOATS` (``float``), where
+    those took part.
     """
+    floats = {n: results[n]["phases"]["total"]["median"] for n in FLOATS if n in results}
+    rivals: dict[str, float] = {n: floats[n] for n in ("torch", "jax") if n in floats}
+    if floats:
+        rivals["float"] = min(floats.values())
     for result in results.values():
         total = result["phases"]["total"]["median"]
         result["images_per_second"] = batch_size / total * 1e3
         result["rate"] = result["products"] / total / 1e6
         result["share_of_peak"] = result["rate"] / dot_rate
-        result["speedup"] = {
-            name: results[name]["phases"]["total"]["median"] / total
-            for name in ("torch", "jax")
-            if name in results
-        }
+        result["speedup"] = {name: median / total for name, median in rivals.items()}
 
 
 def measure_rss(setting: Setting, contender: Contender) -> dict[str, Any]:

@@ -1,7 +1,9 @@
-"""The same models and training step in PyTorch: fp32, channels_last, eager, fused Adam."""
+"""The same models and training step in PyTorch, channels_last and with the fused Adam: eager or
+compiled, in fp32 or with bfloat16 where autocast takes it."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,10 +31,17 @@ def missing() -> str | None:
 
 
 class TorchContender:
-    """A PyTorch training step; see :class:`experiments.bench.contenders.Contender`."""
+    """A PyTorch training step; see :class:`experiments.bench.contenders.Contender`.
 
-    def __init__(self, name: str):
+    Args:
+      name: how it is called.
+      bfloat16: the forward pass runs under ``torch.autocast`` with bfloat16.
+      compiled: the model runs through ``torch.compile``.
+    """
+
+    def __init__(self, name: str, *, bfloat16: bool = False, compiled: bool = False):
         self.name = name
+        self._bfloat16, self._compiled = bfloat16, compiled
 
     def build(self, setting: Setting) -> None:
         """See :class:`experiments.bench.contenders.Contender`."""
@@ -44,6 +53,8 @@ class TorchContender:
         self._model = create_torch_model(setting).to(memory_format=torch.channels_last)
         parameters = self._model.parameters()
         self._optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, fused=True)
+        if self._compiled:
+            self._model = torch.compile(self._model)
         images, labels = setting.batch()
         # A view of NHWC data as NCHW is channels_last already.
         self._images = torch.from_numpy(images).permute(0, 3, 1, 2)
@@ -67,13 +78,23 @@ class TorchContender:
         import torch
 
         with torch.no_grad():
-            self._loss(self._model(self._images), self._labels).item()
+            self._mean_loss().item()
 
     def _forward_backward(self) -> None:
         self._optimizer.zero_grad()
-        loss = self._loss(self._model(self._images), self._labels)
+        loss = self._mean_loss()
         loss.backward()
         loss.item()
+
+    def _mean_loss(self) -> Any:
+        import torch
+
+        precision: Any = contextlib.nullcontext()
+        if self._bfloat16:
+            precision = torch.autocast("cpu", dtype=torch.bfloat16)
+        with precision:
+            logits = self._model(self._images)
+        return self._loss(logits.float(), self._labels)
 
     def details(self) -> dict[str, Any]:
         """See :class:`experiments.bench.contenders.Contender`."""

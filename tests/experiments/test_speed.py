@@ -99,7 +99,7 @@ def test_ratios_follow_from_the_medians():
     results = {"torch": result(90, 100, 500), "jax": result(400, 300), "fqt1/xla": result(20, 20)}
     compare(results, batch_size=128, dot_rate=600.0)
     mine = results["fqt1/xla"]
-    assert mine["speedup"] == {"torch": 5.0, "jax": 17.5}
+    assert mine["speedup"] == {"torch": 5.0, "jax": 17.5, "float": 5.0}
     assert mine["images_per_second"] == pytest.approx(6400)
     assert mine["rate"] == pytest.approx(300)
     assert mine["share_of_peak"] == pytest.approx(0.5)
@@ -300,7 +300,7 @@ def test_unknown_names_and_defaults():
 def test_without_torch_the_rest_runs(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     roster = Roster(["qat"], ["xla"], [])
-    assert [c.name for c in roster.contenders] == ["jax", "qat/xla"]
+    assert [c.name for c in roster.contenders] == ["jax", "jax_bf16", "qat/xla"]
     assert "fqt-jax[bench]" in roster.left_out[0]
     with pytest.raises(UserError, match="not installed"):
         Roster(["qat"], ["xla"], ["torch"])

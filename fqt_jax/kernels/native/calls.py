@@ -12,11 +12,43 @@ import numpy as np
 from fqt_jax.binarize import WORD_BITS, PackedBits
 from fqt_jax.kernels.contract import Pair, Rounding, Window, sum_dtype
 from fqt_jax.kernels.dispatch import Kernel
-from fqt_jax.kernels.native.library import call
+from fqt_jax.kernels.native.library import call, unavailable
 from fqt_jax.kernels.scaling import declines_input_grad, declines_weight_grad
 from fqt_jax.kernels.transforms import Flow, Line, pooled_shape
 from fqt_jax.kernels.xla import IMPLEMENTATION as XLA
 from fqt_jax.samplers import Selection
+
+
+def uses_tiles(
+    product: str, x_shape: tuple[int, ...], o: int, window: Window, rounding: Rounding | None
+) -> bool:
+    """Whether an integer product runs on matrix tiles here, rather than by look-up.
+
+    Args:
+      product: ``forward``, ``input_grad`` or ``weight_grad``.
+      x_shape: of the layer's input, ``[N, H, W, C]``.
+      o: number of output channels.
+      window: of the layer.
+      rounding: of a gradient; ``None`` for ``forward``.
+
+    Raises:
+      ValueError: sizes that no product has.
+    """
+    if unavailable() is not None:
+        return False
+    from fqt_jax.kernels import _native
+
+    n, h, w, c = x_shape
+    samples = None if rounding is None else rounding.samples
+    channels = None if rounding is None else rounding.channels
+    answer: bool = _native.product_uses_tiles(
+        product,
+        n,
+        _sizes((h, w), c, o, window).tolist(),
+        n if samples is None else samples.indices.shape[0],
+        o if channels is None else channels.indices.shape[0],
+    )
+    return answer
 
 
 def _forward(x: PackedBits, w: PackedBits, *, window: Window, platform: str) -> jax.Array:
@@ -73,7 +105,7 @@ def _input_grad(
 def _declines_input_grad(
     g: jax.Array, w: PackedBits, rounding: Rounding | None, mask: Any, **static: Any
 ) -> str | None:
-    return rounding and declines_input_grad(g, w, rounding, mask, **static)
+    return None if rounding is None else declines_input_grad(g, w, rounding, mask, **static)
 
 
 def _weight_grad(
@@ -93,7 +125,7 @@ def _weight_grad(
             empty if rounding is None else rounding.lo,
             empty if rounding is None else rounding.value_range,
             jnp.zeros(2, jnp.uint32) if rounding is None else rounding.seed,
-            *_selection(rounding and rounding.samples),
+            *_selection(None if rounding is None else rounding.samples),
             sizes=sizes,
             bits=np.int64(0 if rounding is None else rounding.bits),
             selects_samples=rounding is not None and rounding.samples is not None,

@@ -97,6 +97,16 @@ def unavailable() -> str | None:
     return _LOAD_ERROR
 
 
+def instruction_set() -> str | None:
+    """The instruction set in use; ``None`` where the kernels cannot be used."""
+    if unavailable() is not None:
+        return None
+    from fqt_jax.kernels import _native
+
+    name: str = _native.current_isa()
+    return name
+
+
 def call(
     name: str,
     results: Any,
