@@ -104,46 +104,38 @@ class TorchContender:
 def create_torch_model(setting: Setting) -> Any:
     """The model of :func:`fqt_jax.models.create_model` as a ``torch.nn.Module`` over NCHW.
 
-    Submodules have the same names, so parameters correspond by path.
+    Submodules have the same names and numbers, so parameters correspond by path.
     """
     if setting.model in VGG_STAGES:
         return _vgg(VGG_STAGES[setting.model], setting)
     return _resnet(RESNET_DEPTHS[setting.model], setting)
 
 
-def _vgg(stages: Sequence[Sequence[int]], setting: Setting) -> Any:
+def _conv(inputs: int, outputs: int, size: int, stride: int = 1) -> Any:
     from torch import nn
 
-    class ConvNormAct(nn.Module):
-        def __init__(self, inputs: int, outputs: int):
-            super().__init__()
-            self.conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
-            self.norm = nn.BatchNorm2d(outputs)
-            self.act = nn.PReLU()
+    return nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
 
-        def forward(self, x: Any) -> Any:
-            return self.act(self.norm(self.conv(x)))
+
+def _vgg(stages: Sequence[Sequence[int]], setting: Setting) -> Any:
+    from torch import nn
 
     class VGG(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.stages = nn.ModuleList()
+            layers: list[Any] = []
             inputs = setting.in_features
             for stage in stages:
-                layers = nn.ModuleList()
                 for channels in stage:
                     outputs = scaled(channels, setting.width)
-                    layers.append(ConvNormAct(inputs, outputs))
+                    layers += [_conv(inputs, outputs, 3), nn.BatchNorm2d(outputs), nn.PReLU()]
                     inputs = outputs
-                self.stages.append(layers)
+                layers.append(nn.MaxPool2d(2))
+            self.features = nn.Sequential(*layers)
             self.head = nn.Linear(inputs, setting.num_classes)
 
         def forward(self, x: Any) -> Any:
-            for stage in self.stages:
-                for layer in stage:
-                    x = layer(x)
-                x = nn.functional.max_pool2d(x, 2)
-            return self.head(x.mean((2, 3)))
+            return self.head(self.features(x).mean((2, 3)))
 
     return VGG()
 
@@ -151,47 +143,41 @@ def _vgg(stages: Sequence[Sequence[int]], setting: Setting) -> Any:
 def _resnet(depths: Sequence[int], setting: Setting) -> Any:
     from torch import nn
 
-    class Shortcut(nn.Module):
-        def __init__(self, inputs: int, outputs: int, stride: int):
-            super().__init__()
-            self.stride = stride
-            self.conv = nn.Conv2d(inputs, outputs, 1, bias=False)
-            self.norm = nn.BatchNorm2d(outputs)
-
-        def forward(self, x: Any) -> Any:
-            if self.stride > 1:
-                x = nn.functional.avg_pool2d(
-                    x, self.stride, ceil_mode=True, count_include_pad=False
-                )
-            return self.norm(self.conv(x))
-
     class Block(nn.Module):
         def __init__(self, inputs: int, outputs: int, stride: int):
             super().__init__()
-            self.norm1 = nn.BatchNorm2d(inputs)
-            self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-            self.act1 = nn.PReLU()
-            self.norm2 = nn.BatchNorm2d(outputs)
-            self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-            self.act2 = nn.PReLU()
-            reshapes = stride != 1 or inputs != outputs
-            self.shortcut = Shortcut(inputs, outputs, stride) if reshapes else nn.Identity()
+            self.body = nn.Sequential(
+                nn.BatchNorm2d(inputs),
+                _conv(inputs, outputs, 3, stride),
+                nn.PReLU(),
+                nn.BatchNorm2d(outputs),
+                _conv(outputs, outputs, 3),
+                nn.PReLU(),
+            )
+            shortcut: list[Any] = []
+            if stride > 1:
+                pool = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False)
+                shortcut.append(pool)
+            if stride > 1 or inputs != outputs:
+                shortcut += [_conv(inputs, outputs, 1), nn.BatchNorm2d(outputs)]
+            self.shortcut = nn.Sequential(*shortcut)
 
         def forward(self, x: Any) -> Any:
-            y = self.act1(self.conv1(self.norm1(x)))
-            return self.act2(self.conv2(self.norm2(y))) + self.shortcut(x)
+            return self.body(x) + self.shortcut(x)
 
     class ResNet(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             channels = scaled(64, setting.width)
-            self.stem_pool = setting.stem == "imagenet"
-            size, stride = (7, 2) if self.stem_pool else (3, 1)
-            self.stem = nn.Conv2d(
-                setting.in_features, channels, size, stride, padding=size // 2, bias=False
-            )
-            self.stem_norm = nn.BatchNorm2d(channels)
-            self.stem_act = nn.PReLU()
+            size, stride = (7, 2) if setting.stem == "imagenet" else (3, 1)
+            stem = [
+                _conv(setting.in_features, channels, size, stride),
+                nn.BatchNorm2d(channels),
+                nn.PReLU(),
+            ]
+            if setting.stem == "imagenet":
+                stem.append(nn.MaxPool2d(3, 2, padding=1))
+            self.stem = nn.Sequential(*stem)
             self.blocks = nn.ModuleList()
             for stage, depth in enumerate(depths):
                 outputs = scaled(64 * 2**stage, setting.width)
@@ -201,9 +187,7 @@ def _resnet(depths: Sequence[int], setting: Setting) -> Any:
             self.head = nn.Linear(channels, setting.num_classes)
 
         def forward(self, x: Any) -> Any:
-            x = self.stem_act(self.stem_norm(self.stem(x)))
-            if self.stem_pool:
-                x = nn.functional.max_pool2d(x, 3, 2, padding=1)
+            x = self.stem(x)
             for block in self.blocks:
                 x = block(x)
             return self.head(x.mean((2, 3)))

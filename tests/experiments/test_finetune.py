@@ -77,7 +77,10 @@ def test_a_run_writes_its_folder(capsys):
     assert "test accuracy" in printed
 
 
-@pytest.mark.parametrize("stop_at", [4, 6, 9])  # within an epoch, at its end, at the end
+# Within an epoch, at its end, at the end.
+@pytest.mark.parametrize(
+    "stop_at", [4, pytest.param(6, marks=pytest.mark.slow), pytest.param(9, marks=pytest.mark.slow)]
+)
 def test_a_stopped_run_resumes_with_the_numbers_of_an_unbroken_one(stop_at, monkeypatch, capsys):
     main(tiny(out=pathlib.Path("whole")))
     train_step = runner.build_train_step

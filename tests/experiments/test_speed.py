@@ -342,7 +342,10 @@ def test_the_torch_model_computes_the_same(name, size):
             *parents, leaf = path.split(".")
             module = model
             for part in parents:
-                module = module[int(part)] if part.isdecimal() else getattr(module, part)
+                if part.isdecimal():
+                    module = getattr(module, "layers", module)[int(part)]
+                else:
+                    module = getattr(module, part)
             if isinstance(module, nnx.Conv):
                 array = np.asarray(module.kernel[...]).transpose(3, 2, 0, 1)
             elif isinstance(module, nnx.Linear) and leaf == "weight":

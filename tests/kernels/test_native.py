@@ -64,13 +64,16 @@ def _supported():
 
 
 def _products(rng, bits):
-    """All three products of one layer, with pruned samples and channels."""
+    """All products of one layer, with pruned samples and channels, and those of floats."""
     x, w, g = _operands(rng)
     samples, channels = _selection(rng, 9, 6), _selection(rng, 70, 33)
     return [
         forward(x, w, WINDOW),
         input_grad(g, w, _rounding("samples", 6, bits, samples), WINDOW, (7, 7)),
         weight_grad(g, x, _rounding("channels", 33, bits, samples, channels), WINDOW),
+        input_grad(g, w, None, WINDOW, (7, 7)),
+        weight_grad(g, x, None, WINDOW),
+        weight_grad(g, x, _rounding("samples", 6, bits, samples), WINDOW),
     ]
 
 
@@ -152,6 +155,8 @@ def test_result_does_not_depend_on_threads():
             t.forward(x, w, t.WINDOW),
             t.input_grad(g, w, t._rounding("samples", 20, 4, samples), t.WINDOW, (12, 12)),
             t.weight_grad(g, x, t._rounding("channels", 64, 4, samples), t.WINDOW),
+            t.input_grad(g, w, None, t.WINDOW, (12, 12)),
+            t.weight_grad(g, x, None, t.WINDOW),
         ]
         print(hashlib.sha256(b"".join(np.asarray(r).tobytes() for r in results)).hexdigest())
     """
@@ -281,13 +286,10 @@ def test_nan_reaches_the_result(rng):
 
 
 def test_declines_what_it_does_not_serve(rng):
-    x, w, g = _operands(rng, n=3)
-    with pytest.raises(UnsupportedError, match="float gradients"):
-        input_grad(g, w, None, WINDOW, (7, 7))
-    with pytest.raises(UnsupportedError, match="float gradients"):
-        weight_grad(g, x, None, WINDOW)
-    with pytest.raises(UnsupportedError, match="inside the sum"):
-        weight_grad(g, x, _rounding("samples", 3), WINDOW)
+    x, _, g = _operands(rng, n=3)
+    pruned = dataclasses.replace(_rounding("samples", 3), channels=_selection(rng, 70, 33))
+    with pytest.raises(UnsupportedError, match="do not go with pruned channels"):
+        weight_grad(g, x, pruned, WINDOW)
 
 
 SIZES = np.array([7, 7, 37, 70, 3, 3, 1, 1, 1, 1, 1, 1], np.int64)
