@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -297,6 +298,8 @@ class _Tap(nnx.Module):
     def __init__(self, layer: Any, observe: Callable[[Any, jax.Array, jax.Array], jax.Array]):
         self.layer = layer
         self._observe = observe
+        # It takes what the layer takes: nnx.Sequential asks, and passes nothing else.
+        self.__signature__ = inspect.signature(layer)
 
     def __call__(self, x: jax.Array, *args: Any, **options: Any) -> jax.Array:
         return self._observe(self.layer, x, self.layer(x, *args, **options))
