@@ -12,6 +12,7 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from fqt_jax.models import MODELS, VGG
 
@@ -52,3 +53,13 @@ def own_folder(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def tiny_vgg(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model of two convolutions in place of vgg_small's six: most of a run is compilation."""
     monkeypatch.setitem(MODELS, "vgg_small", functools.partial(VGG, ((32,), (32,))))
+
+
+@pytest.fixture
+def graph_mode():
+    """For models that share parts, which Flax's tree mode (``NNX_GRAPH_MODE=false``) refuses."""
+    if not hasattr(nnx, "set_graph_mode"):
+        yield
+        return
+    with nnx.set_graph_mode(True):
+        yield

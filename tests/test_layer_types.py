@@ -153,6 +153,7 @@ class Tied(nnx.Module):
         return self.last(self.ant(self.zebra(self.first(x))))
 
 
+@pytest.mark.usefixtures("graph_mode")
 def test_a_layer_in_two_places_stays_one():
     model, table = fqt.quantize(Tied(nnx.Rngs(0)), fqt.QAT)
     assert [row.path for row in table] == ["first", "zebra", "last"]

@@ -58,6 +58,7 @@ def test_what_is_outside_comes_before_what_is_inside():
     assert [place.module.name for place in find_modules(net, (Leaf,))] == ["a", "b"]
 
 
+@pytest.mark.usefixtures("graph_mode")
 @pytest.mark.parametrize("clone", [False, True])
 def test_another_module_takes_the_place(clone):
     original = Holder()

@@ -165,7 +165,7 @@ def test_activations_norms_and_biases_in_every_order(
     monkeypatch, order, act, train, implementation
 ):
     rngs = nnx.Rngs(params=0, rounding=1)
-    act = nnx.PReLU(0.1) if act == "prelu" else act
+    act, last = (nnx.PReLU(0.1), nnx.PReLU(0.1)) if act == "prelu" else (act, act)
     options = {"rngs": rngs, "bias": True, "implementation": implementation}
     between = {
         "norm_act": [norm(12, rngs=rngs), act],
@@ -173,7 +173,7 @@ def test_activations_norms_and_biases_in_every_order(
         "act": [act],
     }[order]
     net = fqt.Sequential(
-        conv(8, 12, fqt.QAT, **options), *between, conv(12, 8, fqt.QAT, **options), act
+        conv(8, 12, fqt.QAT, **options), *between, conv(12, 8, fqt.QAT, **options), last
     )
     assert set(runs(net)) == {1}
     assert_both_forms_agree(net, images(4, 5), 2e-4, monkeypatch, train=train)
