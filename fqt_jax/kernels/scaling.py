@@ -90,6 +90,12 @@ def declines_weight_grad(
     return exceeds_int32(kept_positions(g, rounding), rounding.bits)
 
 
+def declines_samplewise_weight_grad(rounding: Rounding) -> str | None:
+    """Why a weight gradient whose groups are samples is no product of floats either."""
+    pruned = "groups of samples do not go with pruned channels"
+    return None if rounding.channels is None else pruned
+
+
 def take(x: PackedBits, samples: Selection | None) -> PackedBits:
     """The kept samples of ``x``."""
     if samples is None:

@@ -13,7 +13,11 @@ from fqt_jax.binarize import WORD_BITS, PackedBits
 from fqt_jax.kernels.contract import Pair, Rounding, Window, sum_dtype
 from fqt_jax.kernels.dispatch import Kernel
 from fqt_jax.kernels.native.library import call, unavailable
-from fqt_jax.kernels.scaling import declines_input_grad, declines_weight_grad
+from fqt_jax.kernels.scaling import (
+    declines_input_grad,
+    declines_samplewise_weight_grad,
+    declines_weight_grad,
+)
 from fqt_jax.kernels.transforms import Flow, Line, pooled_shape
 from fqt_jax.kernels.xla import IMPLEMENTATION as XLA
 from fqt_jax.samplers import Selection
@@ -153,8 +157,7 @@ def _declines_weight_grad(
     if rounding is None:
         return None
     if rounding.groups == "samples":
-        pruned = "groups of samples do not go with pruned channels"
-        return None if rounding.channels is None else pruned
+        return declines_samplewise_weight_grad(rounding)
     return declines_weight_grad(g, x, rounding, **static)
 
 

@@ -20,6 +20,7 @@ from fqt_jax.binarize import PackedBits
 from fqt_jax.kernels.contract import Pair, Rounding, Window, exceeds_int32, sum_dtype
 from fqt_jax.kernels.scaling import (
     code_step,
+    declines_samplewise_weight_grad,
     gradient_codes,
     input_sign_sums,
     kept_positions,
@@ -113,8 +114,7 @@ def declines_weight_grad(
     if rounding is None:
         return None
     if rounding.groups == "samples":
-        pruned = "groups of samples do not go with pruned channels"
-        return None if rounding.channels is None else pruned
+        return declines_samplewise_weight_grad(rounding)
     return _exceeds_exact(g.shape[1] * g.shape[2]) or exceeds_int32(
         kept_positions(g, rounding), rounding.bits
     )
