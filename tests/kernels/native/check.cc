@@ -18,8 +18,8 @@ int main(int argc, char** argv) {
   const uint64_t cases = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 100;
   uint64_t failed = 0;
   for (uint64_t seed = first; seed < first + cases; ++seed) {
-    for (auto* check : {fqt::check_products, fqt::check_float_products, fqt::check_transforms, fqt::check_weights,
-                        fqt::check_adam, fqt::check_float_conv}) {
+    for (auto* check : {fqt::check_products, fqt::check_float_products, fqt::check_transforms,
+                        fqt::check_weights, fqt::check_adam, fqt::check_float_conv}) {
       failed += !check(seed);
     }
   }

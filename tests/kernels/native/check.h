@@ -2,12 +2,14 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <initializer_list>
 #include <limits>
 #include <memory>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "geometry.h"
@@ -81,6 +83,36 @@ bool same(const std::vector<T>& a, const std::vector<T>& b) {
   }
   return a.size() == b.size();
 }
+
+// Says that a kernel of an instruction set differs from the reference, for `sizes` of these names.
+inline void report(uint64_t seed, const char* kernel, Isa isa,
+                   std::initializer_list<std::pair<const char*, int64_t>> sizes) {
+  std::printf("seed %llu: %s of %s differs (", static_cast<unsigned long long>(seed), kernel,
+              name_of(isa).c_str());
+  const char* between = "";
+  for (const auto& [name, size] : sizes) {
+    std::printf("%s%s %lld", between, name, static_cast<long long>(size));
+    between = " ";
+  }
+  std::printf(")\n");
+}
+
+// Sums of floats, against doubles: they differ by the rounding of what is summed.
+struct Sums {
+  std::vector<double> sums, sizes;
+
+  explicit Sums(size_t n) : sums(n), sizes(n) {}
+  void add(size_t i, double value) {
+    sums[i] += value;
+    sizes[i] += std::fabs(value);
+  }
+  bool agree(const std::vector<float>& got) const {
+    for (size_t i = 0; i < got.size(); ++i) {
+      if (!(std::fabs(got[i] - sums[i]) <= 1e-5 * sizes[i])) return false;
+    }
+    return got.size() == sums.size();
+  }
+};
 
 // Bits of rows as PackedBits.
 template <typename Test>

@@ -2,13 +2,10 @@
 
 #include "float_conv.h"
 
-#include <cmath>
-
 #include "check.h"
 
 namespace fqt {
 
-// Sums of floats, against doubles: they differ by rounding of what is summed.
 bool check_float_conv(uint64_t seed) {
   Random random(seed);
   Geometry g = random_geometry(random);
@@ -24,7 +21,7 @@ bool check_float_conv(uint64_t seed) {
   for (auto* values : {&x, &w, &dy}) {
     for (float& value : *values) value = normal(random);
   }
-  std::vector<double> y(dy.size()), dw(w.size()), y_size(dy.size()), dw_size(w.size());
+  Sums y(dy.size()), dw(w.size());
   for (int64_t n = 0; n < g.n; ++n) {
     for (int64_t i = 0; i < g.y.out * g.x.out * g.taps(); ++i) {
       const int64_t tap = i % g.taps(), out_y = i / g.taps() / g.x.out, out_x = i / g.taps() % g.x.out;
@@ -36,31 +33,20 @@ bool check_float_conv(uint64_t seed) {
         for (int64_t o = 0; o < g.o; ++o) {
           const auto to = static_cast<size_t>(((n * g.y.out + out_y) * g.x.out + out_x) * g.o + o);
           const auto of = static_cast<size_t>((tap * g.c + c) * g.o + o);
-          y[to] += v * w[of];
-          y_size[to] += std::fabs(v * w[of]);
-          dw[of] += v * dy[to];
-          dw_size[of] += std::fabs(v * dy[to]);
+          y.add(to, v * w[of]);
+          dw.add(of, v * dy[to]);
         }
       }
     }
   }
-  const auto is_close = [](const std::vector<float>& got, const std::vector<double>& wanted,
-                           const std::vector<double>& sizes) {
-    for (size_t i = 0; i < got.size(); ++i) {
-      if (!(std::fabs(got[i] - wanted[i]) <= 1e-5 * sizes[i])) return false;
-    }
-    return true;
-  };
   bool is_good = true;
   for (Isa isa : supported_isas()) {
-    std::vector<float> got_y(y.size(), 12345), got_dw(dw.size(), 12345);
+    std::vector<float> got_y(dy.size(), 12345), got_dw(w.size(), 12345);
     run(isa, FloatConvArgs{g, x.data(), w.data(), got_y.data()}, random);
     run(isa, FloatConvWeightGradArgs{g, x.data(), dy.data(), got_dw.data()}, random);
-    if (is_close(got_y, y, y_size) && is_close(got_dw, dw, dw_size)) continue;
+    if (y.agree(got_y) && dw.agree(got_dw)) continue;
     is_good = false;
-    std::printf("seed %llu: float_conv of %s differs (n %lld c %lld o %lld)\n",
-                static_cast<unsigned long long>(seed), name_of(isa).c_str(), static_cast<long long>(g.n),
-                static_cast<long long>(g.c), static_cast<long long>(g.o));
+    report(seed, "float_conv", isa, {{"n", g.n}, {"c", g.c}, {"o", g.o}});
   }
   return is_good;
 }

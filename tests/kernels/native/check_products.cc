@@ -232,23 +232,6 @@ struct Case {
   }
 };
 
-// Sums of floats, against doubles: they differ by the rounding of what is summed.
-struct Sums {
-  std::vector<double> sums, sizes;
-
-  explicit Sums(size_t n) : sums(n), sizes(n) {}
-  void add(size_t i, double value) {
-    sums[i] += value;
-    sizes[i] += std::fabs(value);
-  }
-  bool agree(const std::vector<float>& got) const {
-    for (size_t i = 0; i < got.size(); ++i) {
-      if (!(std::fabs(got[i] - sums[i]) <= 1e-5 * sizes[i])) return false;
-    }
-    return got.size() == sums.size();
-  }
-};
-
 }  // namespace
 
 bool check_float_products(uint64_t seed) {
@@ -264,7 +247,8 @@ bool check_float_products(uint64_t seed) {
   const bool rounds = pick(c.random, 0, 1) == 0;
   const Kept kept = c.samples.kept(), all{g.n, nullptr, nullptr};
   const Kept samples = rounds ? kept : all;
-  Sums dx(static_cast<size_t>(g.n * g.y.in * g.x.in * g.c)), dw(static_cast<size_t>(g.taps() * g.c * g.o));
+  Sums dx(static_cast<size_t>(g.n * g.y.in * g.x.in * g.c));
+  Sums dw(static_cast<size_t>(g.taps() * g.c * g.o));
   c.for_taps([&](int64_t tap, int64_t in_y, int64_t in_x, int64_t out_y, int64_t out_x) {
     for (int64_t o = 0; o < g.o; ++o) {
       for (int64_t n = 0; n < g.n; ++n) {
@@ -280,10 +264,10 @@ bool check_float_products(uint64_t seed) {
         double value = c.g[static_cast<size_t>(index)];
         if (weight == 0) continue;
         if (rounds) {
-          const auto q = static_cast<double>(code(c.g[static_cast<size_t>(index)], c.lo[static_cast<size_t>(slot)],
-                                                  c.scale(slot), c.rounding, index));
-          value = weight * (q * c.range[static_cast<size_t>(slot)] / c.top() +
-                            c.lo[static_cast<size_t>(slot)]);
+          const auto at = static_cast<size_t>(slot);
+          const int64_t q = code(c.g[static_cast<size_t>(index)], c.lo[at], c.scale(slot), c.rounding,
+                                 index);
+          value = weight * (static_cast<double>(q) * c.range[at] / c.top() + c.lo[at]);
         }
         for (int64_t i = 0; i < g.c; ++i) {
           dw.add(static_cast<size_t>((tap * g.c + i) * g.o + o), value * c.x_sign(n, in_y, in_x, i));
@@ -303,9 +287,7 @@ bool check_float_products(uint64_t seed) {
     const bool is_same = same(got_dx, first_dx) && same(got_dw, first_dw);
     if (is_same && dx.agree(got_dx) && dw.agree(got_dw)) continue;
     is_good = false;
-    std::printf("seed %llu: float products of %s differ (n %lld c %lld o %lld, rounds %d)\n",
-                static_cast<unsigned long long>(seed), name_of(isa).c_str(), static_cast<long long>(g.n),
-                static_cast<long long>(g.c), static_cast<long long>(g.o), rounds);
+    report(seed, "float products", isa, {{"n", g.n}, {"c", g.c}, {"o", g.o}, {"rounds", rounds}});
   }
   return is_good;
 }
@@ -320,10 +302,7 @@ bool check_products(uint64_t seed) {
     auto expect = [&](bool condition, const char* product) {
       if (condition) return;
       is_good = false;
-      std::printf("seed %llu: %s of %s differs (n %lld c %lld o %lld)\n",
-                  static_cast<unsigned long long>(seed), product, name_of(isa).c_str(),
-                  static_cast<long long>(g.n), static_cast<long long>(g.c),
-                  static_cast<long long>(g.o));
+      report(seed, product, isa, {{"n", g.n}, {"c", g.c}, {"o", g.o}});
     };
     std::vector<int16_t> narrow(z.size(), -1);
     std::vector<int32_t> wide(z.size(), -1);

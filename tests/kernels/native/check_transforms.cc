@@ -273,11 +273,8 @@ bool check_transforms(uint64_t seed) {
     auto expect = [&](bool condition, const char* kernel) {
       if (condition) return;
       is_good = false;
-      std::printf("seed %llu: %s of %s differs (n %lld h %lld w %lld c %lld pool %lld)\n",
-                  static_cast<unsigned long long>(seed), kernel, name_of(isa).c_str(),
-                  static_cast<long long>(shape.n), static_cast<long long>(shape.h),
-                  static_cast<long long>(shape.w), static_cast<long long>(shape.c),
-                  static_cast<long long>(c.pool));
+      report(seed, kernel, isa, {{"n", shape.n}, {"h", shape.h},
+                                 {"w", shape.w}, {"c", shape.c}, {"pool", c.pool}});
     };
     const float garbage = 12345;
     std::vector<float> out(t.size(), garbage);

@@ -33,9 +33,7 @@ bool check_weights(uint64_t seed) {
     auto expect = [&](bool condition, const char* what) {
       if (condition) return;
       is_good = false;
-      std::printf("seed %llu: %s of %s differs (rows %lld o %lld)\n",
-                  static_cast<unsigned long long>(seed), what, name_of(isa).c_str(),
-                  static_cast<long long>(rows), static_cast<long long>(o));
+      report(seed, what, isa, {{"rows", rows}, {"o", o}});
     };
     std::vector<uint32_t> got(signs.size(), 99);
     std::vector<float> scale(static_cast<size_t>(o), 12345);
@@ -83,8 +81,7 @@ bool check_adam(uint64_t seed) {
     run(isa, AdamArgs{size, got_u.data(), got_m.data(), got_v.data(), f}, random);
     if (same(got_u, u) && same(got_m, new_m) && same(got_v, new_v)) continue;
     is_good = false;
-    std::printf("seed %llu: adam of %s differs (size %lld)\n",
-                static_cast<unsigned long long>(seed), name_of(isa).c_str(), static_cast<long long>(size));
+    report(seed, "adam", isa, {{"size", size}});
   }
   return is_good;
 }
