@@ -49,6 +49,13 @@ inline Meeting input_meeting(const Axis& axis, int64_t position) {
           std::max<int64_t>(0, last - first + 1)};
 }
 
+// The number of a tap in the window, where taps along each axis are `tap + i * tap_step`.
+template <typename Row, typename Column>
+inline int64_t tap_at(const Row& row, int64_t i, const Column& column, int64_t j,
+                      int64_t window_width) {
+  return (row.tap + i * row.tap_step) * window_width + column.tap + j * column.tap_step;
+}
+
 // The output positions [first, last) for which a tap lies inside the input.
 struct Range {
   int64_t first, last;
@@ -108,6 +115,22 @@ inline Lattice input_lattice(const Axis& axis, int64_t remainder) {
   const int64_t taps = tap < axis.window ? (axis.window - 1 - tap) / axis.stride + 1 : 0;
   return {remainder, axis.stride, (axis.in - 1 - remainder) / axis.stride + 1,
           source - (taps - 1), 1, taps, tap + (taps - 1) * axis.stride, -axis.stride};
+}
+
+// A lattice of rows and one of columns.
+struct Lattices {
+  Lattice y, x;
+};
+
+// Together they are all input positions.
+inline std::vector<Lattices> input_lattices(const Geometry& g) {
+  std::vector<Lattices> all;
+  for (int64_t i = 0; i < std::min(g.y.stride, g.y.in); ++i) {
+    for (int64_t j = 0; j < std::min(g.x.stride, g.x.in); ++j) {
+      all.push_back({input_lattice(g.y, i), input_lattice(g.x, j)});
+    }
+  }
+  return all;
 }
 
 }  // namespace fqt
