@@ -132,7 +132,7 @@ slow = pytest.mark.slow
     [
         # The slope's gradient is a small difference of large sums.
         (fqt.QAT, True, True, 1e-4, None),
-        (fqt.QAT, True, True, 1e-4, "xla"),
+        pytest.param(fqt.QAT, True, True, 1e-4, "xla", marks=slow),
         (fqt.QAT, True, False, 1e-5, None),
         pytest.param(fqt.QAT, True, False, 1e-5, "xla", marks=slow),
         pytest.param(UNSCALED, False, True, 1e-5, None, marks=slow),
@@ -260,7 +260,7 @@ def test_the_fused_form_keeps_bits_and_sums_only(monkeypatch, implementation):
         def run(params):
             return nnx.merge(graphdef, params, others, copy=True)(x)
 
-        leaves = jax.tree.leaves(jax.vjp(run, params)[1])
+        leaves = jax.tree.leaves(jax.jit(lambda params: jax.vjp(run, params)[1])(params))
         return sorted(a.dtype.name for a in leaves if a.shape[:1] == (16,) and a.size > 16 * 100)
 
     # The input, and the sums of three convolutions. Bits are too small to be counted.

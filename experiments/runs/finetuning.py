@@ -57,6 +57,8 @@ def main(config: FinetuneConfig) -> None:
         if folder is not None:
             config = read_config(config, folder)
             held.enter_context(folders.continuing(folder, "finetune"))
+        else:
+            folders.check_can_start(config)
         dataset = tasks.load_dataset(config)
         config.check_batch(len(dataset.train))
         task = build_task(config, dataset, folder)

@@ -52,6 +52,22 @@ def run_folder(config: RunConfig, kind: str, *, resumable: bool = False) -> path
     return folder
 
 
+def check_can_start(config: RunConfig) -> None:
+    """Refuses a folder before data and model are made that :func:`run_folder` would refuse after.
+
+    Raises:
+      UserError, OSError: as :func:`run_folder`.
+    """
+    if config.out is None:
+        return
+    missing = [path for path in (config.out, *config.out.parents) if not path.exists()]
+    _check_fresh(_make(config.out, ""), resumable=True)
+    for path in missing:  # the innermost first
+        # Of several processes that check one parent, the last takes it away.
+        with contextlib.suppress(OSError):
+            path.rmdir()
+
+
 def _check_fresh(folder: pathlib.Path, resumable: bool = False) -> None:
     """Refuses a folder that holds more than a killed process leaves before its options."""
     if {path.name for path in folder.iterdir()} <= {locks.NAME, _CONFIG + _PARTIAL}:

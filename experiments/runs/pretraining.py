@@ -30,6 +30,8 @@ def main(config: PretrainConfig) -> None:
         if folder is not None:
             config = read_config(config, folder)
             held.enter_context(folders.continuing(folder, "pretrain"))
+        else:
+            folders.check_can_start(config)
         dataset = tasks.load_dataset(config)
         config.check_batch(len(dataset.train))
         task = tasks.build_task(config, dataset, None)

@@ -32,6 +32,22 @@ def test_what_a_kill_left_of_a_folder_blocks_nothing(left):
         folders.run_folder(config, "finetune")
 
 
+def test_a_folder_is_refused_before_the_work_and_none_is_left():
+    pathlib.Path("theirs/run").mkdir(parents=True)
+    pathlib.Path("theirs/run/x").touch()
+    with pytest.raises(UserError, match="the folder theirs/run exists already"):
+        folders.check_can_start(RunConfig(out=pathlib.Path("theirs/run")))
+    with pytest.raises(UserError, match="x exists already and is not a folder"):
+        folders.check_can_start(RunConfig(out=pathlib.Path("theirs/run/x")))
+    for out in (None, pathlib.Path("theirs/new/run"), pathlib.Path("a/b")):
+        folders.check_can_start(RunConfig(out=out))
+    assert [str(path) for path in sorted(pathlib.Path().rglob("*"))] == [
+        "theirs",
+        "theirs/run",
+        "theirs/run/x",
+    ]
+
+
 def test_folders_of_results_are_not_overwritten():
     out = pathlib.Path("results")
     assert folders.output_folder(out, "kind") == out
