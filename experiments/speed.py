@@ -21,7 +21,7 @@ from typing import Any
 from experiments import cli
 from experiments.bench import machine
 from experiments.bench import report as speed_report
-from experiments.bench.contenders import SPEED_RECIPES, Setting
+from experiments.bench.contenders import PHASES, SPEED_RECIPES, Setting
 from experiments.bench.measure import in_process
 from experiments.bench.steps import say
 from experiments.cli import UserError
@@ -124,6 +124,7 @@ class SpeedConfig:
             "recipes": list(self.recipes),
             "implementations": list(self.implementations),
             "contenders": list(self.contenders if contender is None else [contender]),
+            "phases": list(PHASES),
             "warmup": self.warmup,
             "repeats": self.repeats,
         }

@@ -36,7 +36,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     roster = Roster(request["recipes"], request["implementations"], request["contenders"])
     if request["kind"] == "rss":
         return measure_rss(setting, roster.contenders[0])
-    result |= measure_steps(setting, roster.contenders, **counts)
+    result |= measure_steps(setting, roster.contenders, **counts, phases=request["phases"])
     result["left_out"] = roster.left_out + result["left_out"]
     return result
 

@@ -16,6 +16,7 @@ _STEP_COLUMNS = {
     "fwd+bwd": "forward and backward pass to the gradients, ms",
     "update": "Adam, ms",
     "step": "a whole training step, ms: median, minimum and maximum",
+    "first": "until the first step is over, s: making the model, compilation, one step",
     "vs float": "how many times as fast as the fastest contender that quantizes nothing",
     "vs torch, jax": "as PyTorch in fp32, uncompiled, and as JAX in fp32 as its user writes it",
     "G products/s": "multiply-adds of convolutions and dense layers left by pruning, over the step",
@@ -70,7 +71,17 @@ def _has_rss(runs: Sequence[dict[str, Any]]) -> bool:
 
 
 def _step_table(run: dict[str, Any]) -> Table:
-    columns = ["contender", "forward", "fwd+bwd", "update", "step", "min", "max", "images/s"]
+    columns = [
+        "contender",
+        "forward",
+        "fwd+bwd",
+        "update",
+        "step",
+        "min",
+        "max",
+        "first",
+        "images/s",
+    ]
     columns += ["vs float", "vs torch", "vs jax", "G products/s", "of peak", "temp", "args"]
     has_rss = _has_rss([run])
     if has_rss:
@@ -80,7 +91,8 @@ def _step_table(run: dict[str, Any]) -> Table:
         phases, speedup, memory = result["phases"], result["speedup"], result["memory"] or {}
         total = phases["total"]
         row = [name, *(_ms(phases[p]["median"] if p in phases else None) for p in PHASES)]
-        row += [_ms(total["min"]), _ms(total["max"]), f"{result['images_per_second']:.0f}"]
+        row += [_ms(total["min"]), _ms(total["max"]), f"{result['first']:.1f}"]
+        row += [f"{result['images_per_second']:.0f}"]
         row += [number(speedup.get(other), ".2f") for other in ("float", "torch", "jax")]
         row += [f"{result['rate']:.1f}", f"{result['share_of_peak']:.0%}"]
         row += [_mib(memory.get(key)) for key in ("temp", "argument")]

@@ -49,14 +49,28 @@ def summarize(samples: Sequence[float]) -> dict[str, Any]:
 
 
 def measure_steps(
-    setting: Setting, contenders: Sequence[Contender], *, warmup: int, repeats: int
+    setting: Setting,
+    contenders: Sequence[Contender],
+    *,
+    warmup: int,
+    repeats: int,
+    phases: Sequence[str] = PHASES,
 ) -> dict[str, Any]:
     """Builds the contenders and times their steps and the parts of these, in turns.
 
+    Args:
+      setting: the model and the data.
+      contenders: what is compared.
+      warmup: runs before those that count; the first compiles.
+      repeats: runs that count.
+      phases: which of :data:`PHASES`; the ``total`` at least.
+
     Returns:
       ``dot_rate``, the machine's fp32 rate in G multiply-adds/s, and ``contenders``, by name:
-      ``phases`` with the summary of each in ms, and what :func:`compare` adds; ``left_out``, why
-      contenders are missing whose implementation of the kernels does not serve their recipe.
+      ``phases`` with the summary of each in ms, ``first``, the seconds until the first whole step
+      is over, which are those of building and compiling, and what :func:`compare` adds;
+      ``left_out``, why contenders are missing whose implementation of the kernels does not serve
+      their recipe.
 
     Raises:
       UserError: none is left.
@@ -65,11 +79,16 @@ def measure_steps(
     rate = machine.dot_rate()
     left_out: list[str] = []
     runs: dict[str, dict[str, Callable[[], None]]] = {}
+    first: dict[str, float] = {}
     for i, contender in enumerate(contenders):
         say(f"  building {contender.name} ({i + 1} of {len(contenders)})")
+        start = time.perf_counter()
         contender.build(setting)
-        runs[contender.name] = {**contender.phases(), "total": contender.step}
+        parts = {**contender.phases(), "total": contender.step}
+        runs[contender.name] = {phase: run for phase, run in parts.items() if phase in phases}
         try:
+            contender.step()
+            first[contender.name] = time.perf_counter() - start
             for run in runs[contender.name].values():
                 for _ in range(warmup):
                     run()
@@ -91,6 +110,7 @@ def measure_steps(
     results = {
         c.name: {
             "phases": {phase: summarize(s) for phase, s in samples[c.name].items()},
+            "first": first[c.name],
             **c.details(),
         }
         for c in contenders

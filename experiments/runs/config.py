@@ -96,6 +96,9 @@ class RunConfig:
     diagnose: bool = False
     """After each epoch, measure noise, heterogeneity and sign flips of each layer's gradient."""
 
+    test_each_epoch: bool = False
+    """Measure the accuracy on the test images after each epoch too, for curves over time."""
+
     seed: int = 0
     """Decides initialization, order, augmentation and rounding."""
     implementation: str | None = None
@@ -110,6 +113,7 @@ class RunConfig:
         "learning_rate",
         "head_learning_rate",
         "diagnose",
+        "test_each_epoch",
     )
     """Options that are values in a training step, not constants of its program."""
 

@@ -71,7 +71,7 @@ def train(
 
     Writes to the folder after each epoch: a checkpoint, a line of ``metrics.jsonl``, and the
     picture of the curves, with ``diagnose`` also ``diagnosis.png``; at the end ``summary.json``,
-    with the accuracy on the test split, which nothing before has looked at.
+    with the accuracy on the test split, which nothing is chosen by.
 
     The last two checkpoints are kept. A state that is not finite is never saved. Where the last
     checkpoint is damaged, the run goes on from the one before, and says so.
@@ -233,6 +233,8 @@ class _Run:
             "validation_loss": held_out["loss"],
             "validation_accuracy": held_out["accuracy"],
         }
+        if self.config.test_each_epoch:
+            line["test_accuracy"] = self._evaluate(on_device(self.task.dataset.test))["accuracy"]
         if self.diagnosis:
             line["diagnosis"] = self.diagnosis.after_epoch(self.state)
         self.history.append(line)

@@ -63,10 +63,15 @@ def test_contenders_take_turns_and_a_missing_phase_is_left_out(monkeypatch):
     whole, bare = Fake("jax"), Fake("other", ())
     result = measure_steps(TINY, [whole, bare], warmup=2, repeats=3)
     assert whole.ran[0] == "build"
-    assert all(whole.ran.count(phase) == 5 for phase in PHASES)
-    assert bare.ran == ["build"] + ["total"] * 5
+    assert [whole.ran.count(phase) for phase in PHASES] == [5, 5, 5, 6]  # and the first step
+    assert bare.ran == ["build"] + ["total"] * 6
     assert set(result["contenders"]["jax"]["phases"]) == set(PHASES)
     assert set(result["contenders"]["other"]["phases"]) == {"total"}
+    assert all(of_one["first"] > 0 for of_one in result["contenders"].values())
+    (whole_steps,) = measure_steps(TINY, [whole], warmup=1, repeats=1, phases=["total"])[
+        "contenders"
+    ].values()
+    assert set(whole_steps["phases"]) == {"total"}
     assert len(result["contenders"]["jax"]["phases"]["total"]["samples"]) == 3
     report = {"runs": [run_of(result)], "layers": [], "check": []}
     assert "other" in speed_report.tables(report, TINY)
