@@ -18,7 +18,7 @@ from typing import Any
 
 from experiments import cli
 from experiments.bench import machine
-from experiments.bench.contenders import FLOATS, SPEED_RECIPES, Setting
+from experiments.bench.contenders import FLOATS, SPEED_RECIPES, Setting, layers_of
 from experiments.bench.measure import in_process
 from experiments.bench.torch_steps import missing
 from experiments.runs.folders import write_json
@@ -39,7 +39,7 @@ class TimeConfig(SweepConfig):
 
     models: tuple[str, ...] = ("vgg11:width=1", "resnet18:width=1")
     """Models, as NAME[:OPTION=VALUE,...] with the options width, stem and checkpoint."""
-    tasks: tuple[str, ...] = ("mnist5k from scratch=mnist5k:from_scratch,epochs=10",)
+    tasks: tuple[str, ...] = ("mnist5k from scratch=mnist5k:from_scratch,epochs=10,image_size=32",)
     """Data sets, as [LABEL=]NAME[:OPTION=VALUE,...]; without from_scratch, digits is fine-tuned
     from mnist5k."""
     contenders: tuple[str, ...] = ()
@@ -150,6 +150,7 @@ def _setting(group: Group) -> Setting:
         raise cli.UserError(
             f"{group.name}: steps are timed on square images, with the stem usual for their size."
         )
+    layers_of(setting)  # raises where the images are too small for the model
     return setting
 
 

@@ -1,6 +1,7 @@
 """Strict settings for every test: warnings are errors, no implicit promotion, several devices."""
 
 import functools
+import gc
 import os
 import pathlib
 from collections.abc import Iterator
@@ -29,6 +30,12 @@ hypothesis.settings.register_profile(
     "default", deadline=None, derandomize=True, max_examples=30, print_blob=True
 )
 hypothesis.settings.load_profile("default")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the collector need not look at it again and again."""
+    gc.freeze()
+    gc.set_threshold(50_000)
 
 
 @pytest.fixture

@@ -140,7 +140,7 @@ slow = pytest.mark.slow
         pytest.param(LEARNED, True, False, 1e-5, None, marks=slow),
         (LEARNED, True, False, 1e-5, "xla"),
         (fqt.FQT1, True, True, 1e-3, None),
-        (fqt.FQT1, True, True, 1e-3, "xla"),
+        pytest.param(fqt.FQT1, True, True, 1e-3, "xla", marks=slow),
     ],
 )
 def test_the_two_forms_agree(monkeypatch, recipe, norms, train, tolerance, implementation):
@@ -207,8 +207,17 @@ def test_norms_without_some_parameters(monkeypatch, options):
     assert_trees_close(fused[2], expected[2], 1e-5)
 
 
-@pytest.mark.parametrize("shape", [(24, 8), (3, 5, 8), (8,)])
-@pytest.mark.parametrize("recipe", [fqt.QAT, fqt.FQT1])
+@pytest.mark.parametrize(
+    ("recipe", "shape"),
+    [
+        (fqt.QAT, (24, 8)),
+        (fqt.QAT, (3, 5, 8)),
+        (fqt.QAT, (8,)),
+        pytest.param(fqt.FQT1, (24, 8), marks=slow),
+        (fqt.FQT1, (3, 5, 8)),
+        pytest.param(fqt.FQT1, (8,), marks=slow),
+    ],
+)
 def test_dense_layers_fuse(monkeypatch, shape, recipe):
     rngs = nnx.Rngs(params=0, rounding=1)
     between = [norm(16, rngs=rngs), nnx.PReLU(0.25)]

@@ -29,7 +29,7 @@ class Progress:
                 rich.progress.MofNCompleteColumn(),
                 rich.progress.TextColumn(
                     "loss {task.fields[loss]:.3f}  accuracy {task.fields[accuracy]}  "
-                    "{task.fields[rate]:.0f} images/s"
+                    "{task.fields[rate]} images/s"
                 ),
                 rich.progress.TimeRemainingColumn(),
             )
@@ -38,7 +38,7 @@ class Progress:
         if self._bar is not None:
             self._bar.start()
             self._task = self._bar.add_task(
-                "", total=self._total, epoch=1, loss=float("nan"), accuracy="-", rate=0.0
+                "", total=self._total, epoch=1, loss=float("nan"), accuracy="-", rate="-"
             )
         return self
 
@@ -46,12 +46,16 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
+    def count_from_here(self) -> None:
+        """Images a second count from here on: at the start of an epoch, and after compilation."""
+        self._rate.restart()
+
     def step(self, done: int, epoch: int, loss: float, images: int) -> None:
-        """Reports that ``done`` steps were dispatched, and the loss of a recent one."""
+        """Reports the loss of a step that is over, the ``done``-th of the run."""
         self._rate.add(images)
         if self._bar is not None and self._task is not None:
             self._bar.update(
-                self._task, completed=done, epoch=epoch + 1, loss=loss, rate=self._rate.value()
+                self._task, completed=done, epoch=epoch + 1, loss=loss, rate=str(self._rate)
             )
 
     def epoch(self, line: dict[str, Any], epochs: int) -> None:
@@ -64,28 +68,26 @@ class Progress:
             f"epoch {line['epoch']}/{epochs}: loss {line['train_loss']:.4f}, "
             f"training accuracy {line['train_accuracy']:.1%}, "
             f"validation accuracy {line['validation_accuracy']:.1%}, "
-            f"{self._rate.value():.0f} images/s",
+            f"{self._rate} images/s",
             flush=True,
         )
 
 
 class _Rate:
-    """Images a second, as a moving average over some ten steps; the first step compiles."""
+    """Images a second since a moment; a dash where there were none."""
 
     def __init__(self) -> None:
-        self._last: float | None = None
-        self._seconds_per_image: float | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        self._since, self._images = time.perf_counter(), 0
 
     def add(self, images: int) -> None:
-        now = time.perf_counter()
-        if self._last is not None:
-            seconds = (now - self._last) / images
-            old = self._seconds_per_image
-            self._seconds_per_image = seconds if old is None else 0.9 * old + 0.1 * seconds
-        self._last = now
+        self._images += images
 
-    def value(self) -> float:
-        return 1 / self._seconds_per_image if self._seconds_per_image else 0.0
+    def __str__(self) -> str:
+        seconds = time.perf_counter() - self._since
+        return f"{self._images / seconds:.0f}" if self._images else "-"
 
 
 def print_summary(summary: dict[str, Any], folder: pathlib.Path) -> None:

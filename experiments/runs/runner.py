@@ -146,6 +146,7 @@ class _Run:
         self.step_seconds: list[float] = []
         self.checkpoints = RunCheckpoints(folder / "checkpoints")
         self.saved_at = time.perf_counter()
+        self.compiled = False
         self.diagnosis = Diagnosis(config, dataset, graphdef, state) if config.diagnose else None
 
     def go(self) -> dict[str, Any]:
@@ -196,23 +197,27 @@ class _Run:
         in_flight: collections.deque[tuple[int, jax.Array]] = collections.deque()
         finished: list[float] = []
 
-        def wait() -> float:
+        def wait() -> None:
             step, loss = in_flight.popleft()
             value = float(loss)
             finished.append(time.perf_counter())
             if not math.isfinite(value):
                 raise self._diverged(f"the loss became {value} at step {step}", epoch)
-            return value
+            progress.step(step, epoch, value, self.config.batch_size)
 
+        progress.count_from_here()
         first = int(self.state.step) % self.steps_per_epoch
         for i in range(first, self.steps_per_epoch):
             self.state, loss = self.steps.train(self.state, data, order[i], self.key)
             stop.defer()  # before its first step a run has nothing to save
-            done = epoch * self.steps_per_epoch + i + 1
-            in_flight.append((done, loss))
-            if len(in_flight) > _IN_FLIGHT:
+            in_flight.append((epoch * self.steps_per_epoch + i + 1, loss))
+            if not self.compiled:
+                wait()
+                self.compiled = True
+                progress.count_from_here()
+            elif len(in_flight) > _IN_FLIGHT:
                 # The loss of a step long dispatched: the device is not kept waiting for it.
-                progress.step(done, epoch, wait(), self.config.batch_size)
+                wait()
             if stop.requested and i + 1 < self.steps_per_epoch:
                 while in_flight:
                     wait()

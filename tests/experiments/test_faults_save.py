@@ -68,6 +68,7 @@ def test_whatever_fails_a_good_checkpoint_is_left(root, once):
     assert (steps[0], steps[-1]) == (2, 3)
 
 
+@pytest.mark.slow
 def test_wherever_it_is_killed_a_good_checkpoint_is_left(root):
     result = subprocess.run(
         [sys.executable, "-m", "tests.experiments.saves", str(root)],

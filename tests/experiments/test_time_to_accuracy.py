@@ -56,7 +56,7 @@ def test_the_race_is_told_and_drawn(monkeypatch, capsys):
     monkeypatch.setattr(
         time_to_accuracy, "in_process", lambda request: asked.append(request) or fake_times(request)
     )
-    config = TimeConfig(models=("vgg_small:width=0.25",), contenders=CONTENDERS, targets=(90,))
+    config = TimeConfig(models=("vgg_small",), contenders=CONTENDERS, targets=(90,))
     main(config)
     (request,) = asked
     assert request["phases"] == ["total"]
@@ -71,7 +71,7 @@ def test_the_race_is_told_and_drawn(monkeypatch, capsys):
         "model": "vgg_small",
         "width": 0.25,
         "batch_size": 128,
-        "image_size": 16,
+        "image_size": 32,
         "num_classes": 10,
         "in_features": 1,
     }
@@ -143,9 +143,11 @@ def test_bad_options_are_refused(monkeypatch, changes, message):
     assert not any(name.startswith("torch") for name in TimeConfig().names())
 
 
-def test_a_stem_that_is_not_timed_is_refused_before_it_trains(monkeypatch):
+def test_what_cannot_be_timed_is_refused_before_it_trains(monkeypatch):
     monkeypatch.setattr(time_to_accuracy, "run_groups", lambda *_: pytest.fail("trained"))
     with pytest.raises(UserError, match="with the stem usual for their size"):
         main(TimeConfig(models=("resnet18:stem=imagenet",), contenders=("jax",)))
     with pytest.raises(UserError, match="mnist5k has only 100 training"):
         main(TimeConfig(tasks=("mnist5k:from_scratch,limit=100",), contenders=("jax",)))
+    with pytest.raises(ValueError, match="images must be at least 32x32; got 16x16"):
+        main(TimeConfig(models=("vgg11",), tasks=("mnist5k:from_scratch",), contenders=("jax",)))
