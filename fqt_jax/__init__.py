@@ -9,6 +9,10 @@ from fqt_jax._versions import warn_of_defects as _warn_of_defects
 from fqt_jax.binarize import PackedBits as PackedBits
 from fqt_jax.binarize import binarize as binarize
 from fqt_jax.binarize import weight_scale as weight_scale
+from fqt_jax.calibration import SignTable as SignTable
+from fqt_jax.calibration import calibrate as calibrate
+from fqt_jax.calibration import calibrate_norms as calibrate_norms
+from fqt_jax.calibration import sign_balance as sign_balance
 from fqt_jax.convert import Conversion as Conversion
 from fqt_jax.convert import ConversionTable as ConversionTable
 from fqt_jax.convert import quantize as quantize

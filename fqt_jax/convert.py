@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,7 +13,7 @@ from flax import nnx
 from fqt_jax.layer_types import LAYER_TYPES, float_layers, type_of
 from fqt_jax.modules import Place
 from fqt_jax.recipe import FULL_PRECISION, Recipe
-from fqt_jax.sequential import fuse_sequences, fusion
+from fqt_jax.sequential import fuse_sequences, fusion, one_sided
 from fqt_jax.text import format_table
 
 Rules = Sequence[tuple[str, Recipe]]
@@ -81,6 +82,11 @@ def quantize(
     Every plain :class:`flax.nnx.Sequential` becomes a :class:`fqt_jax.Sequential`, in which runs of
     layers fuse; the table says for each layer whether it does.
 
+    The sign of what ReLU leaves is always +1. Where ReLU, sigmoid or the like stands right before a
+    quantized layer in a sequence, a warning says so. What a class calls one after another cannot be
+    seen: :func:`fqt_jax.sign_balance` tells from a batch. The remedies are a threshold
+    (:func:`fqt_jax.calibrate`), a norm between the two, or PReLU.
+
     Args:
       model: any Flax NNX module.
       recipe: what the layers are given that no pattern and no default decides.
@@ -135,7 +141,21 @@ def quantize(
                 f"({re.escape(place.path)!r}, FULL_PRECISION)."
             )
     model = fuse_sequences(model)
+    _warn_of_constant_signs(one_sided(model))
     return Conversion(model, ConversionTable(_with_fusion(decided, fusion(model))))
+
+
+def _warn_of_constant_signs(layers: dict[str, str]) -> None:
+    if not layers:
+        return
+    sources = " or ".join(dict.fromkeys(layers.values()))
+    warnings.warn(
+        f"every sign that {', '.join(layers)} will see is +1, since {sources} returns no negative "
+        "number, and such a layer learns nothing. Use nnx.PReLU in its place, or quantize with "
+        "dataclasses.replace(recipe, threshold='calibrated') or 'learned', and then call "
+        "fqt_jax.calibrate(model, batch).",
+        stacklevel=3,
+    )
 
 
 def _with_fusion(decided: list[ConvertedLayer], found: dict[str, str]) -> list[ConvertedLayer]:

@@ -20,7 +20,6 @@ from fqt_jax.fused import (
     float_conv,
     run_chain,
 )
-from fqt_jax.kernels.contract import Window
 from fqt_jax.recipe import FQT1, Recipe
 from fqt_jax.rounding import seeds_from_key
 from fqt_jax.sharding import varying_together
@@ -37,6 +36,8 @@ def conv(
     padding: Padding = "SAME",
     scale: jax.Array | None = None,
     bias: jax.Array | None = None,
+    threshold: jax.Array | None = None,
+    spread: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     r"""Two-dimensional convolution under a recipe: signs forward, quantized gradients backward.
@@ -45,6 +46,11 @@ def conv(
 
     Padding adds exactly zero. Gradients follow the recipe (see the module's docstring); those of
     ``alpha`` and ``bias`` stay float. With ``recipe.gradient`` unset they are exact for the signs.
+
+    With a threshold, signs and their straight-through gradient are those of
+    :math:`u = (x - \mathrm{threshold}_c) / \mathrm{spread}_c`. So the gradient passes where ``x``
+    is within one ``spread`` of the threshold, and reaches ``threshold`` and ``spread`` by the chain
+    rule (as in ReActNet, arXiv 2003.03488, section 4.2, whose spread is 1).
 
     Args:
       x: input, ``[N, H, W, C]``, floating point. A NaN makes its sample's output NaN.
@@ -57,6 +63,8 @@ def conv(
       scale: the weight scale ``[O]``; needed where ``recipe.scale`` is ``"learned"``, and an error
         elsewhere.
       bias: ``[O]``, added in float.
+      threshold, spread: of the signs of ``x``, ``[C]`` each; needed where ``recipe.threshold`` is
+        not ``"zero"``, and an error elsewhere. ``spread`` is positive.
       implementation: name of the kernels' implementation; ``None`` picks the best one.
 
     Returns:
@@ -64,7 +72,7 @@ def conv(
 
     Raises:
       TypeError: an operand is not a floating-point array.
-      ValueError: shapes, strides, padding, key or scale do not fit.
+      ValueError: shapes, strides, padding, key, scale or threshold do not fit.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -86,16 +94,33 @@ def conv(
         raise ValueError(f"x has {x.shape[3]} channels, but w takes {w.shape[2]}.")
     window = resolve_window(w.shape[:2], x.shape[1:3], strides, padding)
     window.output_size((x.shape[1], x.shape[2]))
-    if bias is not None:
-        _check_channels("bias", bias, w)
-    check_layer(recipe, scale, key, implementation)
-    if scale is not None:
-        _check_channels("scale", scale, w)
+    _check_layer(recipe, key, implementation, scale=scale, threshold=threshold, spread=spread)
+    for name, value in (("bias", bias), ("scale", scale)):
+        _check_channels(name, value, "output", w.shape[3])
+    for name, value in (("threshold", threshold), ("spread", spread)):
+        _check_channels(name, value, "input", w.shape[2])
     if not recipe.binary:
         x, w = varying_together((x, w))
         y = float_conv(x, w, window, implementation)
         return y if bias is None else y + bias.astype(y.dtype).reshape(1, 1, 1, -1)
-    return _binary_conv(x, w, window, key, recipe, scale, bias, implementation)
+    chain = Chain(
+        gaps=(Gap(), Gap()),
+        links=(Link(recipe, window),),
+        first=None,
+        x_dtype=x.dtype,
+        dtype=x.dtype,
+        has_residual=False,
+        implementation=implementation,
+    )
+    operands = Operands(
+        x,
+        first=None,
+        weights=[Weights(w, scale)],
+        params=[GapParams(threshold=threshold, spread=spread), GapParams(bias=bias)],
+        running=[None, None],
+        seeds=[None if recipe.gradient is None or key is None else seeds_from_key(key, 4)],
+    )
+    return run_chain(chain, operands)[0]
 
 
 def dense(
@@ -106,6 +131,8 @@ def dense(
     recipe: Recipe = FQT1,
     scale: jax.Array | None = None,
     bias: jax.Array | None = None,
+    threshold: jax.Array | None = None,
+    spread: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     r"""Matrix product under a recipe: signs forward, quantized gradients backward.
@@ -117,14 +144,14 @@ def dense(
     Args:
       x: input, ``[..., C]``, floating point.
       w: weights, ``[C, O]``, floating point.
-      key, recipe, scale, bias, implementation: as in :func:`conv`.
+      key, recipe, scale, bias, threshold, spread, implementation: as in :func:`conv`.
 
     Returns:
       ``y``, ``[..., O]``, of the type of ``x``.
 
     Raises:
       TypeError: an operand is not a floating-point array.
-      ValueError: shapes, key or scale do not fit.
+      ValueError: shapes, key, scale or threshold do not fit.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -149,48 +176,23 @@ def dense(
         padding="VALID",
         scale=scale,
         bias=bias,
+        threshold=threshold,
+        spread=spread,
         implementation=implementation,
     )
     return y.reshape(*x.shape[:-1], w.shape[1])
 
 
-def _binary_conv(
-    x: jax.Array,
-    w: jax.Array,
-    window: Window,
-    key: jax.Array | None,
+def _check_layer(
     recipe: Recipe,
-    scale: jax.Array | None,
-    bias: jax.Array | None,
-    implementation: str | None,
-) -> jax.Array:
-    chain = Chain(
-        gaps=(Gap(), Gap()),
-        links=(Link(recipe, window),),
-        first=None,
-        x_dtype=x.dtype,
-        dtype=x.dtype,
-        has_residual=False,
-        implementation=implementation,
-    )
-    operands = Operands(
-        x,
-        first=None,
-        weights=[Weights(w, scale)],
-        params=[GapParams(), GapParams(bias=bias)],
-        running=[None, None],
-        seeds=[None if recipe.gradient is None or key is None else seeds_from_key(key, 4)],
-    )
-    return run_chain(chain, operands)[0]
-
-
-def check_layer(
-    recipe: Recipe,
-    scale: jax.Array | None,
     key: jax.Array | None,
     implementation: str | None,
+    *,
+    scale: jax.Array | None,
+    threshold: jax.Array | None,
+    spread: jax.Array | None,
 ) -> None:
-    """Raises unless recipe, learned scale, key and implementation of a layer go together."""
+    """Raises unless recipe, key, implementation and parameters of a layer go together."""
     if not isinstance(recipe, Recipe):
         raise TypeError(f"recipe must be a Recipe; got {recipe!r}.")
     kernels.check_implementation(implementation)
@@ -200,14 +202,22 @@ def check_layer(
             if scale is None
             else f"scale= is for recipes with scale='learned'; this one has {recipe.scale!r}."
         )
+    for name, value in (("threshold", threshold), ("spread", spread)):
+        if (value is not None) != (recipe.threshold != "zero"):
+            raise ValueError(
+                f"recipe.threshold is {recipe.threshold!r}: pass {name}=."
+                if value is None
+                else f"{name}= is for recipes with a threshold; that of this one is 'zero'."
+            )
     if recipe.gradient is not None and key is None:
         raise ValueError("this recipe rounds gradients at random: pass key=jax.random.key(...).")
 
 
-def _check_channels(name: str, value: jax.Array, w: jax.Array) -> None:
+def _check_channels(name: str, value: jax.Array | None, side: str, channels: int) -> None:
+    if value is None:
+        return
     check_float(name, value)
-    if value.shape != w.shape[-1:]:
+    if value.shape != (channels,):
         raise ValueError(
-            f"{name} must have one entry for each output channel, {w.shape[-1:]}; "
-            f"got {value.shape}."
+            f"{name} must have one entry for each {side} channel, {(channels,)}; got {value.shape}."
         )

@@ -47,6 +47,11 @@ class _QuantLayer(nnx.Module):
         self.scale = (
             nnx.Param(weight_scale(self.kernel[...])) if recipe.scale == "learned" else None
         )
+        # Signs change at zero until fqt_jax.calibrate has seen a batch.
+        in_features = kernel_shape[-2]
+        held = {"calibrated": nnx.BatchStat, "learned": nnx.Param}.get(recipe.threshold)
+        self.threshold = None if held is None else held(jnp.zeros(in_features, jnp.float32))
+        self.spread = None if held is None else nnx.BatchStat(jnp.ones(in_features, jnp.float32))
         # A stream of its own name, whatever stream its key came from: nnx.reseed finds it.
         self.rounding = (
             nnx.RngStream(rngs["rounding"](), tag="rounding")
@@ -57,13 +62,12 @@ class _QuantLayer(nnx.Module):
         self.implementation = implementation
 
     def _operands(self) -> dict[str, Any]:
+        held = {name: getattr(self, name) for name in ("scale", "bias", "threshold", "spread")}
         return {
             "key": None if self.rounding is None else self.rounding(),
             "recipe": self.recipe,
-            "scale": None if self.scale is None else self.scale[...],
-            "bias": None if self.bias is None else self.bias[...],
             "implementation": self.implementation,
-        }
+        } | {name: None if value is None else value[...] for name, value in held.items()}
 
 
 class QuantConv(_QuantLayer):
@@ -71,8 +75,10 @@ class QuantConv(_QuantLayer):
 
     Its parameters ``kernel`` and ``bias`` are float, with the names and shapes of those of
     :class:`flax.nnx.Conv`, so checkpoints of the two interchange. With the scale learned there is
-    ``scale`` besides. A recipe that rounds at random draws a fresh key in each call from the
-    stream ``rounding``, whose counter is part of the module's state.
+    ``scale`` besides; with a threshold there are ``threshold``, a parameter where it is learned,
+    and ``spread``, which :func:`fqt_jax.calibrate` sets. A recipe that rounds at random draws a
+    fresh key in each call from the stream ``rounding``, whose counter is part of the module's
+    state.
 
     Args:
       in_features: channels of the input.

@@ -13,6 +13,7 @@ from fqt_jax.samplers import SAMPLERS, Sampler, SamplerName, as_sampler
 Groups = Literal["sample_channel", "sample", "tensor"]
 Prune = Literal["channels", "shared"]
 Scale = Literal["mean_abs", "none", "learned"]
+Threshold = Literal["zero", "calibrated", "learned"]
 
 Product = Literal["input", "weight"]
 """The two products of a backward pass: the input gradient's and the weight gradient's."""
@@ -176,6 +177,10 @@ class Recipe:
       scale: the weight scale: the mean of ``abs(w)`` over each output channel (XNOR-Net,
         arXiv 1603.05279), none, or a learned parameter per output channel.
       clip: whether the straight-through gradient of a sign is zero outside [-1, 1].
+      threshold: where the signs of the layer's input change. ``"zero"``: at zero. ``"calibrated"``:
+        at a value for each channel that :func:`fqt_jax.calibrate` takes from a batch.
+        ``"learned"``: the same, and trained from there (RSign of ReActNet, arXiv 2003.03488,
+        section 4.2).
 
     Raises:
       ValueError: a field is outside its range, or contradicts ``binary=False``.
@@ -192,6 +197,7 @@ class Recipe:
     gradient: GradientQuantizer | None = None
     scale: Scale = "mean_abs"
     clip: bool = True
+    threshold: Threshold = "zero"
 
     def __post_init__(self) -> None:
         for field in ("binary", "clip"):
@@ -200,6 +206,7 @@ class Recipe:
         if self.gradient is not None and not isinstance(self.gradient, GradientQuantizer):
             raise TypeError(f"gradient must be a GradientQuantizer or None; got {self.gradient!r}.")
         _check_choice("scale", self.scale, get_args(Scale))
+        _check_choice("threshold", self.threshold, get_args(Threshold))
         if not self.binary:
             for other in dataclasses.fields(self)[1:]:
                 if getattr(self, other.name) != other.default:
@@ -227,6 +234,8 @@ class Recipe:
             words.append(f"scale {self.scale}")
         if not self.clip:
             words.append("no clip")
+        if self.threshold != "zero":
+            words.append(f"threshold {self.threshold}")
         words.append("float gradients" if self.gradient is None else str(self.gradient))
         return ", ".join(words)
 

@@ -26,6 +26,7 @@ from fqt_jax.fused.recognize import (
     GapParts,
     Part,
     Run,
+    is_never_negative,
     plan,
     pool_size,
     recognize,
@@ -193,6 +194,23 @@ def fusion(model: Any) -> dict[str, str]:
     return found
 
 
+def one_sided(model: Any) -> dict[str, str]:
+    """The layers in a :class:`Sequential` whose signs are all the same, by their path, and the name
+    of the function that returns no negative number before them.
+    """
+    found: dict[str, str] = {}
+    for place in find_modules(model, Sequential):
+        source = ""
+        for name, part in _parts(place.module):
+            if part.kind == "product" and source and part.layer.recipe.threshold == "zero":
+                found.setdefault("/".join([*map(str, place.keys), name]), source)
+            if is_never_negative(part.layer):
+                source = _name(part.layer)
+            elif part.kind != "pool" and not isinstance(part.layer, nnx.Dropout):
+                source = ""
+    return found
+
+
 def _parts(sequence: nnx.Sequential, prefix: str = "") -> list[tuple[str, Part]]:
     """The layers with their places; those of a sequence in it take its place."""
     parts: list[tuple[str, Part]] = []
@@ -287,8 +305,10 @@ def _run_fused(
         first=None if first is None else _kernel(first),
         weights=[Weights(_kernel(layer), _value(layer.scale)) for layer in products],
         params=[
-            _params(layers, gap, layer)
-            for gap, layer in zip(run.gaps, [None, *products], strict=True)
+            _params(layers, gap, before, after)
+            for gap, before, after in zip(
+                run.gaps, [None, *products], [*products, None], strict=True
+            )
         ],
         running=[_running(layers, gap, len(rows)) for gap in run.gaps],
         seeds=[
@@ -351,15 +371,17 @@ def _gap(layers: Sequence[Any], gap: GapParts) -> Gap:
     )
 
 
-def _params(layers: Sequence[Any], gap: GapParts, layer: Any) -> GapParams:
-    """The parameters of a gap, and the bias of the layer before it."""
+def _params(layers: Sequence[Any], gap: GapParts, before: Any, after: Any) -> GapParams:
+    """The parameters of a gap, the bias of the layer before it, the threshold of the one after."""
     norm: Any = None if gap.norm is None else layers[gap.norm]
     act: Any = None if gap.act is None else layers[gap.act]
     return GapParams(
-        bias=None if layer is None else _value(layer.bias),
+        bias=None if before is None else _value(before.bias),
         gamma=None if norm is None else _value(norm.scale),
         beta=None if norm is None else _value(norm.bias),
         slope=act.negative_slope[...] if isinstance(act, nnx.PReLU) else None,
+        threshold=None if after is None else _value(after.threshold),
+        spread=None if after is None else _value(after.spread),
     )
 
 

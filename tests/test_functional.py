@@ -105,6 +105,23 @@ def test_conv_without_gradient_quantization(recipe, geometry):
     assert_trees_close(got, value_and_gradients(plain, x, w, scale, bias))
 
 
+@pytest.mark.parametrize("clip", [True, False])
+def test_a_threshold_moves_and_scales_what_the_signs_are_of(clip):
+    x, w = normal(0, 3, 6, 5, 4), normal(1, 3, 2, 4, 5)
+    threshold, spread = normal(2, 4), jnp.array([0.5, 1.0, 2.0, 3.0])
+    recipe = dataclasses.replace(QAT, threshold="learned", clip=clip)
+
+    def layer(x, w, threshold, spread):
+        return fqt.conv(x, w, recipe=recipe, threshold=threshold, spread=spread)
+
+    def plain(x, w, threshold, spread):
+        x = (x - threshold.reshape(1, 1, 1, -1)) / spread.reshape(1, 1, 1, -1)
+        return plain_conv(x, w, None, jnp.zeros(5), recipe=recipe)
+
+    got = value_and_gradients(layer, x, w, threshold, spread)
+    assert_trees_close(got, value_and_gradients(plain, x, w, threshold, spread))
+
+
 @pytest.mark.parametrize("recipe", [QAT, FULL_PRECISION], ids=["qat", "full precision"])
 @pytest.mark.parametrize("lead", [(7,), (2, 3), ()])
 def test_dense_without_gradient_quantization(recipe, lead):
@@ -456,6 +473,19 @@ LEARNED = dataclasses.replace(QAT, scale="learned")
         ({"recipe": LEARNED, "scale": jnp.ones(4)}, r"scale must have one entry .* \(5,\)"),
         ({"recipe": LEARNED, "scale": jnp.ones((1, 5))}, "scale must have one entry"),
         ({"bias": jnp.ones(4)}, "bias must have one entry for each output channel"),
+        ({"spread": jnp.ones(2)}, "spread= is for recipes with a threshold; that of this one is"),
+        (
+            {"recipe": dataclasses.replace(QAT, threshold="calibrated"), "spread": jnp.ones(2)},
+            "recipe.threshold is 'calibrated': pass threshold=.",
+        ),
+        (
+            {
+                "recipe": dataclasses.replace(QAT, threshold="learned"),
+                "threshold": jnp.ones(5),
+                "spread": jnp.ones(2),
+            },
+            "threshold must have one entry for each input channel",
+        ),
         ({"x": jnp.ones((4, 4, 3))}, r"x must be \[N, H, W, C\]"),
         ({"w": jnp.ones((3, 3, 3))}, r"w \[kh, kw, C, O\]"),
         ({"w": jnp.ones((3, 3, 2, 5))}, "x has 3 channels, but w takes 2"),

@@ -179,6 +179,25 @@ def test_activations_norms_and_biases_in_every_order(
     assert_both_forms_agree(net, images(4, 5), 2e-4, monkeypatch, train=train)
 
 
+@pytest.mark.parametrize("act", [nnx.relu, nnx.PReLU(0.25), None], ids=["relu", "prelu", "none"])
+@pytest.mark.parametrize("implementation", [None, "xla"])
+def test_thresholds_fuse(monkeypatch, act, implementation):
+    rngs = nnx.Rngs(params=0, rounding=1)
+    recipe = dataclasses.replace(fqt.QAT, threshold="learned")
+    products = [conv(8, n, recipe, rngs=rngs, implementation=implementation) for n in (8, 12)]
+    for layer in products:
+        layer.threshold[...] = jax.random.normal(rngs.params(), (8,))
+        layer.spread[...] = 0.5 + jax.random.uniform(rngs.params(), (8,))
+    acts = [] if act is None else [act]
+    net = fqt.Sequential(
+        norm(8, rngs=rngs), products[0], norm(8, rngs=rngs), *acts, POOL, products[1]
+    )
+    assert set(runs(net)) == {1}
+    assert_both_forms_agree(net, images(), 1e-4, monkeypatch)
+    bare = fqt.Sequential(*products)  # signs of the input itself, and of sums
+    assert_both_forms_agree(bare, images(), 1e-4, monkeypatch)
+
+
 def test_relu_has_no_gradient_at_zero(monkeypatch):
     """Sums of an even number of signs are often zero."""
     rngs = nnx.Rngs(params=0, rounding=1)

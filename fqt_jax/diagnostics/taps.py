@@ -1,14 +1,13 @@
-"""Taps on a model's layers: the shapes that pass through them, and their gradients.
+"""What passes through a model's layers: shapes, and gradients.
 
-A tap stands in a layer's place for the length of one trace. It adds zeros to the layer's output;
-the gradient with respect to those zeros is the gradient of the output.
+A tap adds zeros to a layer's output; the gradient with respect to those zeros is the gradient of
+the output.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -20,13 +19,12 @@ from flax import nnx
 
 from fqt_jax.binarize import weight_scale
 from fqt_jax.kernels.contract import Window
-from fqt_jax.layer_types import all_layers, quantized_layers, type_of
+from fqt_jax.layer_types import quantized_layers, type_of
 from fqt_jax.recipe import FULL_PRECISION, Recipe
+from fqt_jax.tapping import Call, tapped
 
 LossesOf = Callable[[jax.Array, jax.Array], jax.Array]
 """``(outputs, labels) -> losses``, one for each sample."""
-
-Observe = Callable[[str, Any, jax.Array, jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,12 +131,13 @@ def layer_shapes(model: nnx.Module, x: jax.Array | jax.ShapeDtypeStruct) -> list
     graphdef, state = nnx.split(model)
     found: list[LayerShape] = []
 
-    def observe(path: str, layer: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+    def observe(path: str, layer: Any, x: jax.Array, call: Call) -> jax.Array:
+        y = call()
         found.append(LayerShape.of(path, layer, x, y))
         return y
 
     def run(state: Any, x: jax.Array) -> jax.Array:
-        return _tapped(nnx.merge(graphdef, state, copy=True), observe)(x)
+        return tapped(nnx.merge(graphdef, state, copy=True), observe)(x)
 
     jax.eval_shape(run, state, x)
     return found
@@ -213,7 +212,7 @@ def _backward(
     params: Any,
     others: Any,
     x: jax.Array,
-    y: jax.Array,
+    labels: jax.Array,
     keys: jax.Array,
     losses_of: LossesOf,
 ) -> dict[str, tuple[jax.Array, ...]]:
@@ -234,13 +233,14 @@ def _backward(
         nnx.reseed(model, rounding=key)
         model.train()
 
-        def observe(path: str, layer: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        def observe(path: str, layer: Any, x: jax.Array, call: Call) -> jax.Array:
+            y = call()
             if path not in kernels:
                 return y
             shapes.setdefault(path, jax.ShapeDtypeStruct(y.shape, y.dtype))
             return y + taps[path] if path in taps else y
 
-        return jnp.mean(losses_of(_tapped(model, observe)(x), y))
+        return jnp.mean(losses_of(tapped(model, observe)(x), labels))
 
     jax.eval_shape(lambda: objective(kernels, {}, keys[0], True))
     taps = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
@@ -284,22 +284,3 @@ def _scale(layer: Any) -> jax.Array:
 def _binary_layers(model: nnx.Module) -> dict[str, Any]:
     places = quantized_layers(model)
     return {place.path: place.module for place in places if place.module.recipe.binary}
-
-
-def _tapped(model: nnx.Module, observe: Observe) -> Any:
-    """The model with a tap in the place of each layer; ``model`` itself is changed."""
-    for place in all_layers(model):
-        tap = _Tap(place.module, functools.partial(observe, place.path))
-        model = place.put(model, tap)
-    return model
-
-
-class _Tap(nnx.Module):
-    def __init__(self, layer: Any, observe: Callable[[Any, jax.Array, jax.Array], jax.Array]):
-        self.layer = layer
-        self._observe = observe
-        # It takes what the layer takes: nnx.Sequential asks, and passes nothing else.
-        self.__signature__ = inspect.signature(layer)
-
-    def __call__(self, x: jax.Array, *args: Any, **options: Any) -> jax.Array:
-        return self._observe(self.layer, x, self.layer(x, *args, **options))

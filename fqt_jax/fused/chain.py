@@ -8,6 +8,11 @@ With hats for signs and ``*`` for the convolution, a product and its gradients a
     dL/dw^ = x^ * Q_channel(g)                  groups are output channels: likewise
     dL/dx = 1[|x| <= 1] dL/dx^                  straight-through, and the same for w
 
+With a threshold and a spread for each channel the signs are those of ``u = (x - threshold) /
+spread``, and the gradient that of ``u``, straight-through::
+
+    dL/dx = 1[|u| <= 1] dL/dx^ / spread         dL/dthreshold = -sum over entries of dL/dx
+
 (arXiv 2408.14267, sections 3 and 4.) No float activation is made between two integer products:
 what stands there is a function of each integer sum ``z``, linear on either side of a kink
 (:mod:`fqt_jax.kernels.transforms`). Its signs go into the next product, and backward evaluates it
@@ -42,7 +47,27 @@ def run_chain(chain: Chain, operands: Operands) -> tuple[jax.Array, list[Statist
     """
     if operands.residual is not None:
         operands = operands._replace(residual=operands.residual.astype(jnp.float32))
+    if chain.gaps[0] == Gap() and chain.first is None:
+        chain, operands = _centred(chain, operands)
     return _run(chain, varying_together(operands))
+
+
+def _centred(chain: Chain, operands: Operands) -> tuple[Chain, Operands]:
+    """The same signs with the threshold of the first at zero.
+
+    Where nothing else stands before them, nothing of ``x`` need be kept for that.
+    """
+    first = operands.params[0]
+    if operands.x is None or first.threshold is None or first.spread is None:
+        return chain, operands
+    x = operands.x.astype(jnp.float32)
+    threshold, spread = (
+        a.astype(jnp.float32).reshape(1, 1, 1, -1) for a in (first.threshold, first.spread)
+    )
+    x = (x - threshold) / spread
+    first = first._replace(threshold=None, spread=None)
+    operands = operands._replace(x=x, params=[first, *operands.params[1:]])
+    return chain._replace(x_dtype=x.dtype), operands
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

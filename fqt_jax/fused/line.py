@@ -2,7 +2,8 @@
 
 With ``y = scale s + bias``, a norm, and an activation ``act`` of two slopes, the function is
 ``act(gamma (y - mean) / deviation + beta)`` or, the other way round,
-``gamma (act(y) - mean) / deviation + beta``. Both are linear on either side of one kink.
+``gamma (act(y) - mean) / deviation + beta``. Both are linear on either side of one kink. A
+threshold of the signs moves and scales both lines alike.
 """
 
 from __future__ import annotations
@@ -54,6 +55,22 @@ def line_of(
       running: the norm's statistics.
     """
     params = GapParams(*(None if p is None else p.astype(jnp.float32) for p in params))
+    line, statistics = _activated(gap, params, scale, moments, running)
+    if params.threshold is None or params.spread is None:
+        return line, statistics
+    factor = 1 / params.spread
+    q1, q0 = ((q - params.threshold) * factor for q in (line.q1, line.q0))
+    return line._replace(p1=line.p1 * factor, q1=q1, p0=line.p0 * factor, q0=q0), statistics
+
+
+def _activated(
+    gap: Gap,
+    params: GapParams,
+    scale: jax.Array,
+    moments: Moments | None,
+    running: Running | None,
+) -> tuple[Line, Statistics | None]:
+    """The function of norm and activation alone."""
     one, zero = jnp.ones_like(scale), jnp.zeros_like(scale)
     slope = params.slope if gap.slope is None else jnp.float32(gap.slope)
     assert slope is not None

@@ -43,12 +43,16 @@ class GapParams(NamedTuple):
       bias: of the product before it, ``[O]``.
       gamma, beta: of the norm, ``[C]``.
       slope: of the activation where its input is negative, a scalar.
+      threshold, spread: of the signs that the product after it takes, ``[C]``: those of
+        ``(t - threshold) / spread``.
     """
 
     bias: jax.Array | None = None
     gamma: jax.Array | None = None
     beta: jax.Array | None = None
     slope: jax.Array | None = None
+    threshold: jax.Array | None = None
+    spread: jax.Array | None = None
 
 
 class Running(NamedTuple):

@@ -79,6 +79,23 @@ _ACTIVATIONS: dict[Callable[..., Any], float] = {
 
 _RELUS = (nnx.relu, jax.nn.relu)
 
+_NEVER_NEGATIVE = (
+    *_RELUS,
+    nnx.relu6,
+    jax.nn.relu6,
+    nnx.sigmoid,
+    jax.nn.sigmoid,
+    nnx.hard_sigmoid,
+    jax.nn.hard_sigmoid,
+    nnx.softplus,
+    jax.nn.softplus,
+    nnx.softmax,
+    jax.nn.softmax,
+    jnp.abs,
+    jnp.square,
+    jnp.exp,
+)
+
 
 def slope_of(act: Any) -> float | None:
     """The slope of an activation function for negative numbers; ``None`` if it has not one."""
@@ -98,6 +115,12 @@ def slope_of(act: Any) -> float | None:
 def zero_is_below(act: Any) -> bool:
     """Whether the slope at zero is that of negative numbers; of JAX's ReLU it is."""
     return any(act is relu for relu in _RELUS)
+
+
+def is_never_negative(act: Any) -> bool:
+    """Whether an activation function is known to return no negative number."""
+    function = act.func if isinstance(act, functools.partial) else act
+    return any(function is each for each in _NEVER_NEGATIVE)
 
 
 def pool_size(layer: Any) -> int | None:

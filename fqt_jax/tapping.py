@@ -1,0 +1,39 @@
+"""Taps: what stands in a layer's place for the length of one trace, and sees what passes."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from fqt_jax.layer_types import all_layers
+
+Call = Callable[[], jax.Array]
+
+Observe = Callable[[str, Any, jax.Array, Call], jax.Array]
+"""``(path, layer, x, call) -> y``, in place of the layer; ``call()`` calls it."""
+
+
+def tapped(model: nnx.Module, observe: Observe) -> Any:
+    """The model with a tap in the place of each layer that can be quantized, or was.
+
+    ``model`` itself is changed. Nothing that holds a tap fuses.
+    """
+    for place in all_layers(model):
+        model = place.put(model, _Tap(place.module, functools.partial(observe, place.path)))
+    return model
+
+
+class _Tap(nnx.Module):
+    def __init__(self, layer: Any, observe: Callable[[Any, jax.Array, Call], jax.Array]):
+        self.layer = layer
+        self._observe = observe
+        # It takes what the layer takes: nnx.Sequential asks, and passes nothing else.
+        self.__signature__ = inspect.signature(layer)
+
+    def __call__(self, x: jax.Array, *args: Any, **options: Any) -> jax.Array:
+        return self._observe(self.layer, x, lambda: self.layer(x, *args, **options))
