@@ -109,9 +109,9 @@ def calibrate(model: Any, *inputs: Any, **options: Any) -> SignTable:
       >>> recipe = dataclasses.replace(fqt.FQT1, threshold="calibrated")
       >>> model = nnx.Sequential(nnx.relu, fqt.QuantLinear(8, 4, recipe=recipe, rngs=nnx.Rngs(0)))
       >>> print(calibrate(model, jax.random.normal(jax.random.key(0), (16, 8))))
-      layer     +1     channels of one sign
+      layer        +1  channels of one sign
       -------------------------------------
-      layers/1  38.3%                0 of 8
+      layers/1  35.2%                0 of 8
 
     References:
       XNOR-Net (arXiv 1603.05279, section 3.2) has a batch norm before each sign.

@@ -147,6 +147,7 @@ def two_losses(outputs, batch):
     return token + 0.5 * jnp.square(outputs["value"][:, 0] - outputs["best"][:, 0])
 
 
+@pytest.mark.slow
 def test_any_batch_and_any_outputs_are_drawn_from():
     batch = {
         "x": normal(0, 12, 5, 4),
@@ -295,6 +296,7 @@ def test_a_norm_that_is_called_with_its_running_statistics_keeps_to_them():
 
 @pytest.mark.skipif(not hasattr(nnx, "set_graph_mode"), reason="this Flax has no tree mode")
 @pytest.mark.parametrize("implementation", [None, "xla"])
+@pytest.mark.slow
 def test_modules_as_trees_give_the_same_numbers(implementation):
     results = []
     for graph in (True, False):

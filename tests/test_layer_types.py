@@ -62,6 +62,7 @@ class Net(nnx.Module):
         return self.last(self.small(self.middle(self.first(x))))
 
 
+@pytest.mark.slow
 def test_a_new_type_is_one_entry(mirrored):
     net = Net(nnx.Rngs(0))
     model, table = fqt.quantize(net, fqt.FQT1)

@@ -57,6 +57,7 @@ def test_logits_are_finite(name):
     assert np.isfinite(logits).all()
 
 
+@pytest.mark.slow
 def test_the_imagenet_stem_reduces_by_four():
     model = create_model("resnet18", num_classes=2, width=0.125, stem="imagenet", rngs=nnx.Rngs(0))
     assert model(jnp.ones((1, 64, 64, 3))).shape == (1, 2)

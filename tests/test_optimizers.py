@@ -107,6 +107,7 @@ def moved(before, after) -> float:
     return float(optax.tree.norm(jax.tree.map(jnp.subtract, after.params, before.params)))
 
 
+@pytest.mark.slow
 def test_clipping_by_the_global_norm():
     clipped = optax.chain(optax.clip_by_global_norm(1e-3), optax.sgd(1.0))
     start = create_state(small_model(), clipped)[1]
@@ -136,6 +137,7 @@ def test_warm_up_starts_at_nothing_and_ends_at_the_peak():
     assert 0.8 * 1e-2 < moves[1] < 1.5 * 1e-2
 
 
+@pytest.mark.slow
 def test_moving_averages_of_updates_and_of_parameters():
     averaged = optax.chain(adam(1e-2), optax.ema(0.5, debias=False))
     plain, ema = trained(adam(1e-2), 1)[0], trained(averaged, 1)[0]

@@ -20,7 +20,11 @@ from tests import pages
 from tests.pages import PAGES, README, ROOT
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-WITH_SNIPPETS = [page for page in PAGES if pages.has_snippets(page)]
+WITH_SNIPPETS = [
+    pytest.param(page, marks=[pytest.mark.slow] * (page.name == "quickstart.md"))
+    for page in PAGES
+    if pages.has_snippets(page)
+]
 
 
 @pytest.mark.usefixtures("relaxed_promotion", "own_folder")

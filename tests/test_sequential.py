@@ -133,7 +133,7 @@ slow = pytest.mark.slow
         # The slope's gradient is a small difference of large sums.
         (fqt.QAT, True, True, 1e-4, None),
         pytest.param(fqt.QAT, True, True, 1e-4, "xla", marks=slow),
-        (fqt.QAT, True, False, 1e-5, None),
+        pytest.param(fqt.QAT, True, False, 1e-5, None, marks=slow),
         pytest.param(fqt.QAT, True, False, 1e-5, "xla", marks=slow),
         pytest.param(UNSCALED, False, True, 1e-5, None, marks=slow),
         (UNSCALED, False, True, 1e-5, "xla"),
@@ -297,6 +297,7 @@ def test_the_fused_form_keeps_bits_and_sums_only(monkeypatch, implementation):
         assert kept(params).count("float32") > 6
 
 
+@pytest.mark.slow
 def test_fusion_needs_less_memory_on_xla_alone(monkeypatch):
     x = jax.random.normal(jax.random.key(0), (16, 32, 32, 8))
     net = network([fqt.FQT1] * 3, implementation="xla")
@@ -393,7 +394,7 @@ def test_under_vmap():
     np.testing.assert_array_equal(together[1], jax.jit(run)(x[1]))
 
 
-@pytest.mark.parametrize("implementation", [None, "xla"])
+@pytest.mark.parametrize("implementation", [None, pytest.param("xla", marks=slow)])
 def test_under_shard_map(implementation):
     net = network([fqt.QAT] * 3, implementation=implementation)
     net.eval()

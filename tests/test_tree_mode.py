@@ -36,7 +36,9 @@ def _trained(graph, estimator):
         return jax.tree.map(np.asarray, (trained, sums.means()))
 
 
-@pytest.mark.parametrize("estimator", [FullBatch(), OneDraw()])
+@pytest.mark.parametrize(
+    "estimator", [pytest.param(FullBatch(), marks=pytest.mark.slow), OneDraw()]
+)
 def test_trains_to_the_same_bits_in_tree_mode(estimator):
     graph, tree = _trained(True, estimator), _trained(False, estimator)
     jax.tree.map(np.testing.assert_array_equal, graph, tree)

@@ -34,6 +34,7 @@ def lines(folder: str) -> list[dict]:
     ]
 
 
+@pytest.mark.slow
 def test_a_diagnosed_run_trains_and_resumes_as_one_that_is_not(monkeypatch, capsys):
     main(tiny("plain", diagnose=False))
     capsys.readouterr()

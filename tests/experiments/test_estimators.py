@@ -29,6 +29,7 @@ def test_no_deviation_is_no_error():
     assert relative_error(np.zeros((4, 3)), 0.0, 32, norm=1.0) == Error(0.0, 0.0, 0.0)
 
 
+@pytest.mark.slow
 def test_the_experiment_tells_the_biased_estimator(capsys):
     estimators = ("qat", "fqt1_plus:stratify", "top=fqt1:sampler=topk,keep=0.1")
     options = {"limit": 64, "width": 0.25, "batch_size": 16, "images": 16, "epochs": 1}
@@ -44,6 +45,7 @@ def test_the_experiment_tells_the_biased_estimator(capsys):
     assert "written to run" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_each_layer_is_told_from_a_checkpoint():
     options = {"limit": 64, "model": "vgg_small", "width": 0.25, "batch_size": 16, "epochs": 1}
     pretrain.main(pretrain.PretrainConfig(**options, image_size=16, out=pathlib.Path("start")))

@@ -33,9 +33,10 @@ def root() -> Iterator[pathlib.Path]:
 # A disk that is full stays full: failures that pass are the rarer case.
 @pytest.mark.parametrize(
     "once",
-    [pytest.param(True, marks=pytest.mark.slow), False],
+    [True, False],
     ids=["once", "from_then_on"],
 )
+@pytest.mark.slow
 def test_whatever_fails_a_good_checkpoint_is_left(root, once):
     def fail():
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -12,6 +12,7 @@ from fqt_jax.models import VGG
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
 
+@pytest.mark.slow
 def test_a_plain_sequence_needs_no_more_memory_than_the_librarys_model(monkeypatch):
     # Two convolutions in place of six: most of the test is compilation.
     stages = ((32,), (64,))

@@ -40,6 +40,7 @@ def test_images_a_second_leave_out_what_came_before(monkeypatch, capsys):
 
 
 @pytest.mark.usefixtures("own_folder", "relaxed_promotion", "tiny_vgg")
+@pytest.mark.slow
 def test_the_first_step_of_a_run_does_not_count(capsys):
     counted = []
 

@@ -115,6 +115,7 @@ def test_ratios_follow_from_the_medians():
 
 
 @pytest.mark.usefixtures("tiny_vgg")
+@pytest.mark.slow
 def test_a_jax_contender_steps_and_its_parts_change_what_they_should():
     contender = JaxContender("fqt1/xla", FQT1, "xla")
     contender.build(TINY)
@@ -184,6 +185,7 @@ def test_a_long_dot_is_timed_in_part(monkeypatch):
 
 
 @pytest.mark.usefixtures("tiny_vgg")
+@pytest.mark.slow
 def test_layers_and_check_in_process(capsys):
     config = speed.SpeedConfig(
         model="vgg_small", width=0.125, batch_size=4, image_size=8, repeats=1, layers=True
@@ -258,6 +260,7 @@ def test_the_report_round_trips_and_draws(monkeypatch, tmp_path, capsys):
     assert "nothing" in text
 
 
+@pytest.mark.slow
 def test_one_measurement_in_a_process_of_its_own():
     config = speed.SpeedConfig(
         model="vgg_small", width=0.125, batch_size=2, image_size=8, threads=("1",), repeats=1

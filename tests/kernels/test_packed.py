@@ -89,6 +89,7 @@ def test_counts_of_any_length(rng, size):
         np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.slow
 def test_accelerators_count_the_bits_of_words():
     c, o = 3, 70
     keys = jax.random.split(jax.random.key(0), 3)
