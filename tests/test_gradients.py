@@ -70,6 +70,7 @@ def test_the_gradient_of_the_whole_batch_is_that_of_the_mean_loss(rng):
     np.testing.assert_allclose(found.outputs, x @ w, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_drawing_all_rows_without_norms_is_the_whole_batch():
     task = plain_task(fqt.QAT)
     expected = FullBatch().gradients(*task, KEY)
@@ -221,7 +222,7 @@ class Doubled(nnx.BatchNorm):
 @pytest.mark.parametrize(
     ("norm", "axis"),
     [
-        (Slow(6, rngs=nnx.Rngs(0)), -1),
+        pytest.param(Slow(6, rngs=nnx.Rngs(0)), -1, marks=pytest.mark.slow),
         (nnx.BatchNorm(6, axis=1, rngs=nnx.Rngs(0)), 1),
         (nnx.BatchNorm(6, use_bias=False, use_scale=False, rngs=nnx.Rngs(0)), -1),
         (nnx.LayerNorm(6, rngs=nnx.Rngs(0)), -1),

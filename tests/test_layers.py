@@ -83,6 +83,7 @@ def test_the_learned_scale_is_a_parameter_that_starts_at_the_mean_of_the_weights
 
 
 @pytest.mark.usefixtures("relaxed_promotion")
+@pytest.mark.slow
 def test_outputs_are_laid_out_as_those_of_flax():
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
     spec = jax.sharding.PartitionSpec("data")

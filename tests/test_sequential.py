@@ -138,7 +138,7 @@ slow = pytest.mark.slow
         pytest.param(UNSCALED, False, True, 1e-5, None, marks=slow),
         (UNSCALED, False, True, 1e-5, "xla"),
         pytest.param(LEARNED, True, False, 1e-5, None, marks=slow),
-        (LEARNED, True, False, 1e-5, "xla"),
+        pytest.param(LEARNED, True, False, 1e-5, "xla", marks=slow),
         (fqt.FQT1, True, True, 1e-3, None),
         pytest.param(fqt.FQT1, True, True, 1e-3, "xla", marks=slow),
     ],
@@ -180,7 +180,7 @@ def test_activations_norms_and_biases_in_every_order(
 
 
 @pytest.mark.parametrize("act", [nnx.relu, nnx.PReLU(0.25), None], ids=["relu", "prelu", "none"])
-@pytest.mark.parametrize("implementation", [None, "xla"])
+@pytest.mark.parametrize("implementation", [None, pytest.param("xla", marks=slow)])
 def test_thresholds_fuse(monkeypatch, act, implementation):
     rngs = nnx.Rngs(params=0, rounding=1)
     recipe = dataclasses.replace(fqt.QAT, threshold="learned")

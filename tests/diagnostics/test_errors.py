@@ -62,7 +62,7 @@ def test_a_draw_is_what_the_kernels_round(name):
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("prune", ["channels", "shared"])
+@pytest.mark.parametrize("prune", [pytest.param("channels", marks=pytest.mark.slow), "shared"])
 def test_a_draw_is_what_the_layer_computes_with(prune):
     recipe = fqt.Recipe(gradient=GradientQuantizer(4, prune=prune), scale="none")
     rng = np.random.default_rng(0)

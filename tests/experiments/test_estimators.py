@@ -75,6 +75,7 @@ def test_each_layer_is_told_from_a_checkpoint():
     assert json.loads(pathlib.Path("run/config.json").read_text())["checkpoint"] == "start"
 
 
+@pytest.mark.slow
 def test_constant_norms_have_the_values_of_the_batch_and_part_its_samples(rng):
     model = VGG(((8,), (8,)), num_classes=3, in_features=1, rngs=nnx.Rngs(0))
     x = jnp.asarray(rng.standard_normal((6, 8, 8, 1)), jnp.float32)
@@ -92,6 +93,7 @@ def test_constant_norms_have_the_values_of_the_batch_and_part_its_samples(rng):
     np.testing.assert_array_equal(influence()[1:], 0)
 
 
+@pytest.mark.slow
 def test_one_draw_has_no_bias_where_samples_do_not_meet():
     options = {"limit": 64, "width": 0.25, "batch_size": 16, "images": 16, "epochs": 1}
     main(

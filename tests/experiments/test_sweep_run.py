@@ -189,6 +189,7 @@ def tiny(**changes) -> FinetuneConfig:
     return FinetuneConfig(**{**options, **changes})
 
 
+@pytest.mark.slow
 def test_a_worker_compiles_once_and_its_runs_are_those_of_their_own(monkeypatch):
     steps = []
     original = runner.build_train_step

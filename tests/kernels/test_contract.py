@@ -18,6 +18,11 @@ from tests import reference
 
 AVAILABLE = [name for name, state in kernels.implementations().items() if state == "available"]
 each = pytest.mark.parametrize("implementation", AVAILABLE)
+each_fast = pytest.mark.parametrize(
+    "implementation",
+    # Words of bits on accelerators: compiled for each shape, and slowly.
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "packed")) for name in AVAILABLE],
+)
 SEED = np.array([0x1234ABCD, 0x0F1E2D3C], np.uint32)
 
 _forward = jax.jit(kernels.forward, static_argnames=("window", "implementation"))
@@ -190,7 +195,7 @@ def unit(indices, size) -> Selection:
 # Exact integers
 
 
-@each
+@each_fast
 @settings(max_examples=12)
 @given(case=drawn_cases())
 def test_forward_is_exact(implementation, case):
@@ -199,7 +204,7 @@ def test_forward_is_exact(implementation, case):
     np.testing.assert_array_equal(z, reference.conv(case.x, case.w, *case.geometry))
 
 
-@each
+@each_fast
 @settings(max_examples=8)
 @given(case=drawn_cases(), bits=st.integers(1, 8))
 def test_gradient_codes_and_sums_are_exact(implementation, case, bits):

@@ -90,6 +90,7 @@ def test_both_layouts_agree_with_the_reference(monkeypatch, rng, platform, windo
     assert_agree(products(WINDOWS[window], 4, (5, 4), 17, 20, bits, rng))
 
 
+@pytest.mark.slow
 def test_several_tiles_and_parts_of_the_contraction(monkeypatch, rng):
     monkeypatch.setenv(FLAG, "1")
     assert_agree(products(WINDOWS["same"], 8, (8, 8), 40, 72, 4, rng))
