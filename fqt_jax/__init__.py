@@ -18,9 +18,13 @@ from fqt_jax.convert import ConversionTable as ConversionTable
 from fqt_jax.convert import quantize as quantize
 from fqt_jax.functional import conv as conv
 from fqt_jax.functional import dense as dense
+from fqt_jax.functional import product as product
 from fqt_jax.kernels import implementations as implementations
 from fqt_jax.layers import QuantConv as QuantConv
+from fqt_jax.layers import QuantConvTranspose as QuantConvTranspose
+from fqt_jax.layers import QuantEinsum as QuantEinsum
 from fqt_jax.layers import QuantLinear as QuantLinear
+from fqt_jax.layers import QuantLinearGeneral as QuantLinearGeneral
 from fqt_jax.pruning import prune as prune
 from fqt_jax.recipe import FQT1 as FQT1
 from fqt_jax.recipe import FQT1_PLUS as FQT1_PLUS

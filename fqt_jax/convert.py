@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import re
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
 
-from flax import nnx
+import jax
+from flax import linen, nnx
 
-from fqt_jax.layer_types import LAYER_TYPES, float_layers, type_of
-from fqt_jax.modules import Place
-from fqt_jax.recipe import FULL_PRECISION, Recipe
+from fqt_jax.layer_types import LAYER_TYPES, float_layers, quantized_layers, type_of
+from fqt_jax.modules import Place, find_modules
+from fqt_jax.recipe import FULL_PRECISION, Recipe, as_recipe
 from fqt_jax.sequential import fuse_sequences, fusion, one_sided
+from fqt_jax.tapping import Call, tapped
 from fqt_jax.text import format_table
 
-Rules = Sequence[tuple[str, Recipe]]
+Rules = Sequence[tuple[str, Recipe | str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +45,14 @@ class ConvertedLayer:
 
 
 class ConversionTable(tuple[ConvertedLayer, ...]):
-    """What became of each layer, in the order of the model; prints as a table."""
+    """What became of each layer, in the order of the model; prints as a table.
+
+    Attributes:
+      others: by their paths, the types of all other modules that hold parameters of their own,
+        such as norms. They stay as they are.
+    """
+
+    others: dict[str, str]
 
     COLUMNS: ClassVar[dict[str, Callable[[ConvertedLayer], str]]] = {
         "layer": lambda layer: layer.path,
@@ -53,9 +63,21 @@ class ConversionTable(tuple[ConvertedLayer, ...]):
         "fuses": lambda layer: layer.fuses,
     }
 
+    def __new__(
+        cls, layers: Iterable[ConvertedLayer] = (), others: dict[str, str] | None = None
+    ) -> ConversionTable:
+        """The layers in order, and the other modules."""
+        table = super().__new__(cls, tuple(layers))
+        table.others = others or {}
+        return table
+
     def __str__(self) -> str:
         rows = [[cell(layer) for cell in self.COLUMNS.values()] for layer in self]
-        return format_table(tuple(self.COLUMNS), rows, names=len(self.COLUMNS))
+        table = format_table(tuple(self.COLUMNS), rows, names=len(self.COLUMNS))
+        if not self.others:
+            return table
+        counts = collections.Counter(self.others.values())
+        return f"{table}\nas before: " + ", ".join(f"{n} {kind}" for kind, n in counts.items())
 
 
 class Conversion(NamedTuple):
@@ -67,9 +89,11 @@ class Conversion(NamedTuple):
 
 def quantize(
     model: Any,
-    recipe: Recipe,
+    recipe: Recipe | str,
     rules: Rules = (),
     *,
+    example: Any = None,
+    unsupported: Literal["error", "float"] = "error",
     implementation: str | None = None,
     rngs: nnx.Rngs | int = 0,
 ) -> Conversion:
@@ -77,10 +101,18 @@ def quantize(
 
     The model that was passed stays as it is; parameters keep their names, shapes and values. For
     each layer the first pattern that matches its whole path decides. Where none does, these
-    defaults hold: the first layer, the last dense layer (the classifier) and 1x1 convolutions
-    (shortcuts) stay in full precision, as in the paper's code, and all others get ``recipe``.
-    Every plain :class:`flax.nnx.Sequential` becomes a :class:`fqt_jax.Sequential`, in which runs of
-    layers fuse; the table says for each layer whether it does.
+    defaults hold: the first layer, the last one and 1x1 convolutions (shortcuts) stay in full
+    precision, as in the paper's code, and all others get ``recipe``. With an ``example`` first and
+    last are those in use; without, the first that the model defines, and the last dense one (the
+    classifier). Every plain :class:`flax.nnx.Sequential` becomes a :class:`fqt_jax.Sequential`, in
+    which runs of layers fuse; the table says for each layer whether it does.
+
+    Dense layers are :class:`flax.nnx.Linear`, :class:`flax.nnx.LinearGeneral`, and so the
+    projections of :class:`flax.nnx.MultiHeadAttention`, and :class:`flax.nnx.Einsum` where it is a
+    matrix product. Convolutions are :class:`flax.nnx.Conv` of one to three dimensions, dilated and
+    grouped ones too, and :class:`flax.nnx.ConvTranspose`; what packed bits have no form for is
+    computed in float, and the table says so. Layers stacked by :func:`flax.nnx.vmap`, to be run by
+    :func:`flax.nnx.scan`, stay stacked.
 
     The sign of what ReLU leaves is always +1. Where ReLU, sigmoid or the like stands right before a
     quantized layer in a sequence, a warning says so. What a class calls one after another cannot be
@@ -89,9 +121,14 @@ def quantize(
 
     Args:
       model: any Flax NNX module.
-      recipe: what the layers are given that no pattern and no default decides.
+      recipe: what the layers are given that no pattern and no default decides; a
+        :class:`fqt_jax.Recipe`, or the name of one.
       rules: pairs of a regular expression, matched against the whole path of a layer (names and
         list positions joined by ``/``, such as ``blocks/0/conv1``), and the recipe for it.
+      example: what the model is called with, a batch or its shape and type, to tell the order in
+        which its layers are used; a tuple is several arguments. Nothing is computed.
+      unsupported: what happens to a layer that would be quantized but cannot be: an error, or it
+        stays in float and the table says why. One that a rule quantizes is an error in any case.
       implementation: name of the kernels' implementation for all layers; ``None`` picks the best.
       rngs: the streams that random rounding draws from, or a seed.
 
@@ -99,9 +136,10 @@ def quantize(
       ``(model, table)``: a new model, and what became of each layer; print it.
 
     Raises:
+      TypeError: the model is none of NNX, or abstract.
       ValueError: a pattern is malformed or matches no layer; a layer cannot be quantized (it is
-        dilated, grouped, masked, not two-dimensional, not float32, or computes in a way of its
-        own); or no layer is quantized although ``recipe`` is binary.
+        masked, a subclass, or computes in a way of its own); the model is quantized already; or no
+        layer is quantized although ``recipe`` is binary.
 
     Example:
       >>> from flax import nnx
@@ -115,34 +153,92 @@ def quantize(
       layers/0  Conv  3x3x3x8   float                    first layer  -
       layers/1  Conv  3x3x8x16  binary, float gradients  default      alone
     """
+    recipe = as_recipe("recipe", recipe)
+    if unsupported not in ("error", "float"):
+        raise ValueError(f"unsupported must be 'error' or 'float'; got {unsupported!r}.")
+    _check_model(model)
     # The order in which the model defines its layers tells the first from the rest; a clone has
     # forgotten it.
     places = float_layers(model)
+    others = _other_modules(model, places)
     if not places:
         kinds = ", ".join(each.kind for each in LAYER_TYPES)
         raise ValueError(f"{type(model).__name__} has no layer that can be quantized ({kinds}).")
-    decided = _decide(places, recipe, rules)
+    order = None if example is None else _order_of_use(model, example)
+    decided = _decide(places, recipe, rules, others, order, unsupported)
     if recipe.binary and not any(d.recipe.binary for d in decided):
         raise ValueError(
             "the rules and defaults leave every layer in full precision: name the layers to "
             f"quantize by a rule. Layers: {_names(places)}."
         )
-    model = nnx.clone(model)
-    streams = nnx.Rngs(rngs) if isinstance(rngs, int) else rngs
     for place, decision in zip(places, decided, strict=True):
-        layer = place.of(model)
-        obstacle = type_of(layer).obstacle(layer)
-        if obstacle is None:
-            new = type_of(layer).quantized(layer, decision.recipe, implementation, streams)
-            model = place.put(model, new)
-        elif decision.recipe.binary:
+        obstacle = type_of(place.module).obstacle(place.module)
+        if obstacle is not None and decision.recipe.binary:
             raise ValueError(
                 f"layer {place.path} cannot be quantized: {obstacle}. Keep it in float by the rule "
-                f"({re.escape(place.path)!r}, FULL_PRECISION)."
+                f"({re.escape(place.path)!r}, FULL_PRECISION), or all such layers by "
+                "unsupported='float'."
             )
+    model = nnx.clone(model)
+    streams = nnx.Rngs(rngs) if isinstance(rngs, int) else rngs
+    slow = {}
+    for place, decision in zip(places, decided, strict=True):
+        layer = place.of(model)
+        kind = type_of(layer)
+        if kind.obstacle(layer) is None:
+            slow[place.path] = kind.why_slow(layer)
+            new = kind.quantized(layer, decision.recipe, implementation, streams)
+            model = place.put(model, new)
     model = fuse_sequences(model)
     _warn_of_constant_signs(one_sided(model))
-    return Conversion(model, ConversionTable(_with_fusion(decided, fusion(model))))
+    return Conversion(model, ConversionTable(_with_fusion(decided, fusion(model), slow), others))
+
+
+def _check_model(model: Any) -> None:
+    if isinstance(model, linen.Module):
+        raise TypeError(
+            f"{type(model).__name__} is a Linen module; quantize takes NNX modules "
+            "(flax.nnx.bridge translates)."
+        )
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"model must be a Flax NNX module; got {type(model).__name__}.")
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(model))):
+        raise TypeError(
+            f"{type(model).__name__} is abstract: it has shapes in place of parameters."
+        )
+    done = [place.path for place in quantized_layers(model) if place.module.recipe.binary]
+    if done:
+        raise ValueError(
+            f"{type(model).__name__} is quantized already: {', '.join(done[:3])}"
+            f"{', ...' if len(done) > 3 else ''}. Quantize the float model."
+        )
+
+
+def _other_modules(model: Any, places: list[Place]) -> dict[str, str]:
+    """The types of all modules that hold parameters and are none of the layers, by path."""
+    layers = {id(place.module) for place in places}
+    return {
+        place.path: type(place.module).__name__
+        for place in find_modules(model, nnx.Module)
+        if id(place.module) not in layers
+        and any(isinstance(value, nnx.Param) for value in vars(place.module).values())
+    }
+
+
+def _order_of_use(model: Any, example: Any) -> list[str]:
+    """The paths of the layers in the order of their first calls."""
+    graphdef, state = nnx.split(model)
+    order: dict[str, None] = {}
+
+    def observe(path: str, layer: Any, x: jax.Array, call: Call) -> jax.Array:
+        order.setdefault(path)
+        return call()
+
+    def run(state: Any, inputs: tuple[Any, ...]) -> Any:
+        return tapped(nnx.merge(graphdef, state, copy=True), observe)(*inputs)
+
+    jax.eval_shape(run, state, example if isinstance(example, tuple) else (example,))
+    return list(order)
 
 
 def _warn_of_constant_signs(layers: dict[str, str]) -> None:
@@ -158,46 +254,64 @@ def _warn_of_constant_signs(layers: dict[str, str]) -> None:
     )
 
 
-def _with_fusion(decided: list[ConvertedLayer], found: dict[str, str]) -> list[ConvertedLayer]:
+def _with_fusion(
+    decided: list[ConvertedLayer], found: dict[str, str], slow: dict[str, str]
+) -> list[ConvertedLayer]:
     layers = []
     for layer in decided:
         fuses = found.get(layer.path, "no: it stands in no Sequential")
+        if slow.get(layer.path):
+            fuses = f"no: {slow[layer.path]} is computed in float"
         if not layer.recipe.binary and fuses != "yes":
             fuses = "-"
         layers.append(dataclasses.replace(layer, fuses=fuses))
     return layers
 
 
-def _decide(places: list[Place], recipe: Recipe, rules: Rules) -> list[ConvertedLayer]:
+def _decide(
+    places: list[Place],
+    recipe: Recipe,
+    rules: Rules,
+    others: dict[str, str],
+    order: list[str] | None,
+    unsupported: str,
+) -> list[ConvertedLayer]:
     patterns = []
     for text, given in rules:
-        if not isinstance(given, Recipe):
-            raise TypeError(f"the rule {text!r} must give a Recipe; got {given!r}.")
+        given = as_recipe(f"the recipe of the rule {text!r}", given)
         try:
-            patterns.append((re.compile(text), given))
+            pattern = re.compile(text)
         except re.error as error:
             raise ValueError(f"the pattern {text!r} is malformed: {error}.") from None
-        if not any(patterns[-1][0].fullmatch(place.path) for place in places):
-            raise ValueError(f"the pattern {text!r} matches no layer. Layers: {_names(places)}.")
-    dense = (place for place in reversed(places) if type_of(place.module).is_dense)
-    classifier = next(dense, None)
+        if not any(pattern.fullmatch(place.path) for place in places):
+            kinds = {kind for path, kind in others.items() if pattern.fullmatch(path)}
+            instead = f", but {' and '.join(sorted(kinds))}" if kinds else ""
+            raise ValueError(
+                f"the pattern {text!r} matches no layer{instead}. Layers: {_names(places)}."
+            )
+        patterns.append((pattern, given))
+    if order is None:
+        dense = (place.path for place in reversed(places) if type_of(place.module).is_dense)
+        ends = {next(dense, None): "classifier", places[0].path: "first layer"}
+    else:
+        ends = {order[-1]: "last layer", order[0]: "first layer"} if order else {}
     decided = []
     for place in places:
-        layer = place.module
-        float_reason = type_of(layer).float_reason(layer)
+        layer, kind = place.module, type_of(place.module)
+        obstacle, float_reason = kind.obstacle(layer), kind.float_reason(layer)
         choice, reason = recipe, "default"
-        if place is places[0]:
-            choice, reason = FULL_PRECISION, "first layer"
-        elif place is classifier:
-            choice, reason = FULL_PRECISION, "classifier"
+        if place.path in ends:
+            choice, reason = FULL_PRECISION, ends[place.path]
         elif float_reason is not None:
             choice, reason = FULL_PRECISION, float_reason
+        elif obstacle is not None and unsupported == "float":
+            choice, reason = FULL_PRECISION, obstacle
         for pattern, given in patterns:
             if pattern.fullmatch(place.path):
                 choice, reason = given, f"rule {pattern.pattern!r}"
                 break
         shape = tuple(layer.kernel.shape)
-        decided.append(ConvertedLayer(place.path, type_of(layer).kind, shape, choice, reason))
+        decided.append(ConvertedLayer(place.path, kind.kind, shape, choice, reason))
     return decided
 
 

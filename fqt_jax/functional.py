@@ -1,12 +1,17 @@
-"""Quantized convolution and dense product as pure functions with their own gradient.
+"""Quantized products as pure functions with their own gradient.
 
-Each is a chain of one product (:mod:`fqt_jax.fused.chain`, which has the formulas). What backward
-keeps of ``x`` is two bits an entry.
+Convolution of images and dense product are chains of one product (:mod:`fqt_jax.fused.chain`, which
+has the formulas), computed by integer kernels; :func:`product` is any other, computed in float.
+What backward keeps of ``x`` is two bits an entry.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 
 from fqt_jax import kernels
 from fqt_jax.binarize import check_float
@@ -15,12 +20,14 @@ from fqt_jax.fused import (
     Gap,
     GapParams,
     Link,
+    Multiply,
     Operands,
     Weights,
     float_conv,
     run_chain,
+    run_product,
 )
-from fqt_jax.recipe import FQT1, Recipe
+from fqt_jax.recipe import FQT1, Recipe, as_recipe
 from fqt_jax.rounding import seeds_from_key
 from fqt_jax.sharding import varying_together
 from fqt_jax.windows import Padding, resolve_window
@@ -31,8 +38,8 @@ def conv(
     w: jax.Array,
     *,
     key: jax.Array | None = None,
-    recipe: Recipe = FQT1,
-    strides: int | tuple[int, int] = 1,
+    recipe: Recipe | str = FQT1,
+    strides: int | Sequence[int] = 1,
     padding: Padding = "SAME",
     scale: jax.Array | None = None,
     bias: jax.Array | None = None,
@@ -57,7 +64,8 @@ def conv(
       w: weights, ``[kh, kw, C, O]``, floating point. A NaN makes its channel's output NaN.
       key: JAX random key for rounding and pruning; needed where ``recipe.gradient`` is set, and
         ignored otherwise. Use a fresh one in each step.
-      recipe: what is quantized and how; ``FULL_PRECISION`` gives an ordinary convolution.
+      recipe: what is quantized and how, or its name; ``FULL_PRECISION`` gives an ordinary
+        convolution.
       strides: one number, or one for each spatial axis.
       padding: ``"SAME"``, ``"VALID"``, a number, or ``(before, after)`` for each spatial axis.
       scale: the weight scale ``[O]``; needed where ``recipe.scale`` is ``"learned"``, and an error
@@ -86,6 +94,7 @@ def conv(
       >>> jax.jit(jax.grad(loss))(w).shape
       (3, 3, 16, 32)
     """
+    recipe = as_recipe("recipe", recipe)
     check_float("x", x)
     check_float("w", w)
     if x.ndim != 4 or w.ndim != 4:
@@ -128,7 +137,7 @@ def dense(
     w: jax.Array,
     *,
     key: jax.Array | None = None,
-    recipe: Recipe = FQT1,
+    recipe: Recipe | str = FQT1,
     scale: jax.Array | None = None,
     bias: jax.Array | None = None,
     threshold: jax.Array | None = None,
@@ -161,6 +170,7 @@ def dense(
       >>> fqt.dense(x, w, recipe=fqt.QAT)  # signs (1 - 1 - 1), times the mean of |w|, 2
       Array([[-2.]], dtype=float32)
     """
+    recipe = as_recipe("recipe", recipe)
     check_float("x", x)
     check_float("w", w)
     if x.ndim < 1 or w.ndim != 2:
@@ -183,6 +193,82 @@ def dense(
     return y.reshape(*x.shape[:-1], w.shape[1])
 
 
+def product(
+    x: jax.Array,
+    w: jax.Array,
+    multiply: Multiply,
+    *,
+    key: jax.Array | None = None,
+    recipe: Recipe | str = FQT1,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    threshold: jax.Array | None = None,
+    spread: jax.Array | None = None,
+) -> jax.Array:
+    r"""Any product under a recipe, computed in float: signs forward, quantized gradients backward.
+
+    .. math:: y = \alpha_o\, \mathrm{multiply}(\mathrm{sign}(x), \mathrm{sign}(w)) + \mathrm{bias}_o
+
+    For products that the integer kernels have no form for. It computes with the same signs, scales
+    and codes as :func:`conv`, and keeps as little, but takes the time of ``multiply`` in float.
+
+    Args:
+      x: input, ``[N, ..., C]``, floating point; the first axis is that of the samples.
+      w: weights, ``[..., O]``, floating point.
+      multiply: ``(x, w) -> y[N, ..., O]``, linear in each. A hashable function that is defined
+        once, since a new one is compiled anew.
+      key, recipe, scale, bias, threshold, spread: as in :func:`conv`.
+
+    Returns:
+      ``y``, of the type of ``x``.
+
+    Raises:
+      TypeError: an operand is not a floating-point array.
+      ValueError: key, scale or threshold do not fit, or ``multiply`` gives another shape.
+
+    Example:
+      >>> import functools
+      >>> import jax, jax.numpy as jnp
+      >>> import fqt_jax as fqt
+      >>> dilated = functools.partial(
+      ...     jax.lax.conv_general_dilated,
+      ...     window_strides=(1, 1),
+      ...     padding="SAME",
+      ...     rhs_dilation=(2, 2),
+      ...     dimension_numbers=("NHWC", "HWIO", "NHWC"),
+      ... )
+      >>> x, w = jnp.ones((4, 8, 8, 16)), jnp.ones((3, 3, 16, 32))
+      >>> fqt.product(x, w, dilated, key=jax.random.key(0)).shape
+      (4, 8, 8, 32)
+    """
+    recipe = as_recipe("recipe", recipe)
+    check_float("x", x)
+    check_float("w", w)
+    _check_layer(recipe, key, None, scale=scale, threshold=threshold, spread=spread)
+    shape = jax.eval_shape(multiply, x, w.astype(x.dtype)).shape
+    if shape[:1] != x.shape[:1] or shape[-1:] != w.shape[-1:]:
+        raise ValueError(
+            f"multiply must give [{x.shape[0]}, ..., {w.shape[-1]}] from x {x.shape} and w "
+            f"{w.shape}; it gives {shape}."
+        )
+    for name, value in (("bias", bias), ("scale", scale)):
+        _check_channels(name, value, "output", w.shape[-1])
+    for name, value in (("threshold", threshold), ("spread", spread)):
+        _check_channels(name, value, "input", x.shape[-1])
+    if not recipe.binary:
+        y = multiply(x, w.astype(x.dtype))
+    else:
+        u = x
+        if threshold is not None and spread is not None:
+            each = (a.reshape((1,) * (x.ndim - 1) + (-1,)) for a in (threshold, spread))
+            u = (x - next(each)) / next(each)
+        seeds = None if recipe.gradient is None or key is None else seeds_from_key(key, 4)
+        y = run_product(multiply, recipe, u, w, scale, seeds)
+    if bias is not None:
+        y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+    return y.astype(x.dtype)
+
+
 def _check_layer(
     recipe: Recipe,
     key: jax.Array | None,
@@ -193,8 +279,6 @@ def _check_layer(
     spread: jax.Array | None,
 ) -> None:
     """Raises unless recipe, key, implementation and parameters of a layer go together."""
-    if not isinstance(recipe, Recipe):
-        raise TypeError(f"recipe must be a Recipe; got {recipe!r}.")
     kernels.check_implementation(implementation)
     if (scale is not None) != (recipe.scale == "learned"):
         raise ValueError(
@@ -209,8 +293,24 @@ def _check_layer(
                 if value is None
                 else f"{name}= is for recipes with a threshold; that of this one is 'zero'."
             )
-    if recipe.gradient is not None and key is None:
+    if recipe.gradient is not None:
+        _check_key(key)
+
+
+def _check_key(key: Any) -> None:
+    if key is None:
         raise ValueError("this recipe rounds gradients at random: pass key=jax.random.key(...).")
+    if not isinstance(key, jax.Array):
+        raise TypeError(
+            f"key must be a JAX random key, such as jax.random.key(0); got {type(key).__name__}."
+        )
+    is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not is_typed and key.dtype != jnp.uint32:
+        raise TypeError(
+            f"key must be a JAX random key, such as jax.random.key(0); got {key.dtype} {key.shape}."
+        )
+    if key.ndim != (0 if is_typed else 1):
+        raise ValueError(f"key must be one key; got {key.shape} of them: jax.vmap takes many.")
 
 
 def _check_channels(name: str, value: jax.Array | None, side: str, channels: int) -> None:

@@ -266,6 +266,22 @@ RECIPES: dict[str, Recipe] = {
 """The named recipes."""
 
 
+def as_recipe(field: str, value: object) -> Recipe:
+    """A recipe, or the one that a name stands for.
+
+    Raises:
+      TypeError: it is neither.
+      ValueError: no recipe has that name.
+    """
+    if isinstance(value, str):
+        return recipe_by_name(value)
+    if isinstance(value, Recipe):
+        return value
+    raise TypeError(
+        f"{field} must be a Recipe, such as fqt_jax.FQT1, or the name of one; got {value!r}."
+    )
+
+
 def recipe_by_name(name: str) -> Recipe:
     """Looks up a named recipe; case and ``-`` against ``_`` do not matter.
 

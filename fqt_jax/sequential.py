@@ -34,6 +34,7 @@ from fqt_jax.fused.recognize import (
     zero_is_below,
 )
 from fqt_jax.layer_types import type_of
+from fqt_jax.layers import QuantLayer
 from fqt_jax.modules import find_modules
 from fqt_jax.norms import RowNorm
 from fqt_jax.rounding import seeds_from_key
@@ -347,6 +348,7 @@ def _value(variable: Any) -> jax.Array | None:
 def _link(layer: Any, size: tuple[int, int]) -> tuple[Link, tuple[int, int]]:
     """A product, and the size of its output."""
     window = type_of(layer).window(layer, size)
+    assert window is not None  # others are not recognized
     return Link(layer.recipe, window), window.output_size(size)
 
 
@@ -398,6 +400,8 @@ def _running(layers: Sequence[Any], gap: GapParts, n: int) -> Running | None:
 def _dtype(dtype: Any, layers: Sequence[Callable[..., Any]]) -> Any:
     """The type that the layers, called in turn, would return."""
     for layer in layers:
+        if isinstance(layer, QuantLayer):
+            dtype = layer.dtype or dtype
         if isinstance(layer, nnx.BatchNorm | nnx.PReLU):
             held = [layer.mean, layer.scale, layer.bias] if isinstance(layer, nnx.BatchNorm) else []
             types = [variable.dtype for variable in held if variable is not None]

@@ -509,7 +509,7 @@ INTEGERS = jnp.ones(5, jnp.int32)
         ({"w": jnp.ones((3, 3, 3, 5), bool)}, "w must be a floating-point array; got bool"),
         ({"bias": INTEGERS}, "bias must be a floating-point array"),
         ({"recipe": LEARNED, "scale": INTEGERS}, "scale must be a floating-point array"),
-        ({"recipe": "fqt1"}, "recipe must be a Recipe; got 'fqt1'"),
+        ({"recipe": 1}, "recipe must be a Recipe, such as fqt_jax.FQT1, or the name of one; got 1"),
     ],
 )
 def test_types(options, message):

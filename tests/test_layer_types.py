@@ -11,7 +11,7 @@ from fqt_jax import diagnostics
 from fqt_jax.estimators import OneDraw
 from fqt_jax.estimators.base import SplitModel
 from fqt_jax.kernels.contract import Window
-from fqt_jax.layer_types import LAYER_TYPES, LayerType, Linear, quantized_layers, type_of
+from fqt_jax.layer_types import LAYER_TYPES, Linear, quantized_layers, type_of
 from fqt_jax.losses import CrossEntropy
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
@@ -90,26 +90,86 @@ def test_without_its_entry_the_type_is_refused():
         fqt.quantize(Net(nnx.Rngs(0)), fqt.FQT1)
 
 
-@pytest.mark.parametrize("kind", LAYER_TYPES, ids=lambda kind: kind.kind)
-def test_an_entry_knows_its_layers(kind: LayerType):
-    size = {"kernel_size": (3, 3), "strides": 2} if kind.kind == "Conv" else {}
-    layer = kind.float_type(4, 5, rngs=nnx.Rngs(0), **size)
-    assert type_of(layer) is kind
-    assert kind.obstacle(layer) is None
-    new = kind.quantized(layer, fqt.FULL_PRECISION, None, nnx.Rngs(0))
-    assert type(new) is kind.quantized_type
-    assert type_of(new) is kind
+LAYERS = [
+    (nnx.Conv, (4, 5, (3, 3)), {"strides": 2}, (2, 3, 8, 8, 4)),
+    (nnx.Conv, (4, 5, (3,)), {"padding": "CAUSAL"}, (2, 8, 4)),
+    (nnx.Conv, (4, 6, (3, 3)), {"feature_group_count": 2}, (2, 8, 8, 4)),
+    (nnx.Conv, (4, 8, (3, 3)), {"feature_group_count": 4}, (2, 8, 8, 4)),
+    (nnx.Conv, (4, 5, (3, 3)), {"kernel_dilation": 2, "padding": "CIRCULAR"}, (2, 8, 8, 4)),
+    (
+        nnx.Conv,
+        (4, 5, (3, 2)),
+        {"input_dilation": (2, 1), "padding": ((1, 1), (0, 2))},
+        (2, 8, 8, 4),
+    ),
+    (nnx.Conv, (4, 5, (3, 2, 1)), {"strides": (1, 2, 1)}, (2, 5, 6, 7, 4)),
+    (nnx.ConvTranspose, (4, 5, (3, 3)), {"strides": 2}, (2, 3, 8, 8, 4)),
+    (nnx.ConvTranspose, (4, 5, (3,)), {"padding": "VALID", "kernel_dilation": 2}, (2, 8, 4)),
+    (nnx.Linear, (4, 5), {}, (2, 3, 4)),
+    (nnx.LinearGeneral, (4, (2, 3)), {}, (5, 7, 4)),
+    (nnx.LinearGeneral, ((3, 4), 5), {"axis": (1, -1)}, (5, 3, 7, 4)),
+    (nnx.Einsum, ("btd,hdk->bhtk", (2, 4, 3), (2, 3)), {}, (5, 7, 4)),
+    (nnx.Einsum, ("...hk,dhk->...d", (6, 2, 3), (6,)), {}, (5, 7, 2, 3)),
+]
+
+
+@pytest.mark.parametrize(("kind", "sizes", "options", "shape"), LAYERS)
+def test_an_entry_knows_its_layers(kind, sizes, options, shape):
+    layer = kind(*sizes, rngs=nnx.Rngs(0), **options)
+    entry = type_of(layer)
+    assert entry.kind == kind.__name__
+    assert entry.obstacle(layer) is None
+    new = entry.quantized(layer, fqt.FULL_PRECISION, None, nnx.Rngs(0))
+    assert type(new) is entry.quantized_type
+    assert type_of(new) is entry
     assert new.kernel is layer.kernel
     assert new.bias is layer.bias
-    x = jax.random.normal(KEY, (2, 3, 8, 8, 4))
+    x = jax.random.normal(KEY, shape)
     np.testing.assert_allclose(new(x), layer(x), rtol=1e-4, atol=1e-5)
-    images = kind.as_images(new, x)
-    assert images.shape == kind.as_images(layer, x).shape
-    window = kind.window(layer, images.shape[1:3])
-    assert window == kind.window(new, images.shape[1:3])
-    out = kind.as_images(new, new(x)).shape
-    assert out == (images.shape[0], *window.output_size(images.shape[1:3]), 5)
-    assert kind.terms(new) == 4 * np.prod(window.size)
+    images, out = entry.input_images(new, x), entry.output_images(new, new(x))
+    assert images.shape == entry.input_images(layer, x).shape
+    assert out.shape == entry.output_images(layer, layer(x)).shape
+    window = entry.window(layer, images.shape[1:3])
+    assert window == entry.window(new, images.shape[1:3])
+    assert (window is None) == bool(entry.why_slow(layer))
+    if window is not None:
+        assert out.shape[:3] == (images.shape[0], *window.output_size(images.shape[1:3]))
+        assert entry.terms(new) == images.shape[3] * np.prod(window.size)
+
+
+@pytest.mark.parametrize(("kind", "sizes", "options", "shape"), LAYERS)
+def test_a_binary_layer_is_the_float_one_on_signs(kind, sizes, options, shape):
+    """Output and gradients with float gradients, and the scale of each output channel."""
+    layer = kind(*sizes, rngs=nnx.Rngs(0), **options)
+    new = type_of(layer).quantized(layer, fqt.QAT, None, nnx.Rngs(0))
+    layer.bias[...] = jnp.arange(layer.bias.size, dtype=jnp.float32).reshape(layer.bias.shape)
+    x = jax.random.normal(KEY, shape)
+    alpha = type_of(layer).mean_abs(layer)
+    graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
+
+    def on_signs(params, x):
+        signs = nnx.merge(graphdef, params, rest, copy=True)
+        kernel, bias = params["kernel"][...], params["bias"][...]
+        signs.kernel[...] = fqt.binarize(kernel)
+        signs.bias[...] = jnp.zeros_like(bias)
+        outs = type_of(layer).output_images(layer, signs(fqt.binarize(x)))
+        outs = outs * type_of(layer).mean_abs(nnx.merge(graphdef, params, rest, copy=True))
+        return outs + bias.reshape(-1)
+
+    binary, _, binary_rest = nnx.split(new, nnx.Param, ...)
+
+    def in_bits(params, x):
+        return type_of(new).output_images(new, nnx.merge(binary, params, binary_rest)(x))
+
+    np.testing.assert_allclose(in_bits(params, x), on_signs(params, x), rtol=1e-4, atol=1e-4)
+    assert alpha.shape == (layer.bias.size,)
+
+    def gradients(function):
+        return jax.grad(lambda *args: jnp.sum(jnp.cos(function(*args))), (0, 1))(params, x)
+
+    got, expected = gradients(in_bits), gradients(on_signs)
+    for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.abs(b).max()))
 
 
 def test_other_modules_have_no_entry():
@@ -132,7 +192,7 @@ def test_layers_that_stay_float_are_counted_as_well(conv, shape, images, terms):
     (layer,) = diagnostics.layer_shapes(model, x)
     assert (layer.input, layer.output, layer.terms) == (images, (*images[:3], 6), terms)
     assert layer.products == np.prod(images[:3]) * 6 * terms
-    assert layer.window is None
+    assert (layer.window is None) == (len(conv["kernel_size"]) != 1)
     (cost,) = diagnostics.budget(model, x)
     assert (cost.weights, cost.activations) == (6 * terms, np.prod(images))
 

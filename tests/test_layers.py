@@ -106,7 +106,7 @@ def test_recipes_without_randomness_keep_no_stream():
     ("make", "message"),
     [
         (lambda r: fqt.QuantConv(0, 4, 3, rngs=r), "must be positive"),
-        (lambda r: fqt.QuantConv(4, 4, (3, 3, 3), rngs=r), "one or two numbers"),
+        (lambda r: fqt.QuantConv(4, 4, (3, 3, 3, 3), rngs=r), "one to three numbers"),
         (lambda r: fqt.QuantLinear(4, 4, implementation="cuda", rngs=r), "unknown implementation"),
     ],
 )

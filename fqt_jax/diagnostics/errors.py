@@ -12,10 +12,10 @@ import numpy as np
 
 from fqt_jax.grouping import roundings
 from fqt_jax.kernels.contract import Rounding
-from fqt_jax.kernels.scaling import code_step, gradient_codes, per_sample
+from fqt_jax.kernels.scaling import kept_values, quantized
 from fqt_jax.recipe import GradientQuantizer, Product
 from fqt_jax.rounding import seeds_from_key
-from fqt_jax.samplers import SAMPLERS, Selection
+from fqt_jax.samplers import SAMPLERS
 from fqt_jax.theory.variance import GradientError, gradient_error
 
 
@@ -81,12 +81,7 @@ def quantized_gradient(g: jax.Array, quantization: Quantization, key: jax.Array)
       >>> int((abs(q).max(axis=(1, 2, 3)) > 0).sum())  # a quarter of the samples
       2
     """
-    values, samples, channels = _kept_values(g, quantization, key)
-    if samples is not None:
-        values = jnp.zeros((g.shape[0], *values.shape[1:])).at[samples.indices].set(values)
-    if channels is not None:
-        values = jnp.zeros((*values.shape[:3], g.shape[3])).at[..., channels.indices].set(values)
-    return values
+    return quantized(g, _rounding(g, quantization, key))
 
 
 def measured_error(
@@ -131,8 +126,9 @@ def _squared_errors(g: jax.Array, keys: jax.Array, quantization: Quantization) -
     squares = jnp.square(g * inverse)
 
     def one(key: jax.Array) -> jax.Array:
-        values, samples, channels = _kept_values(g, quantization, key)
-        kept, own, axis = g, samples or channels, 0 if samples is not None else 3
+        rounding = _rounding(g, quantization, key)
+        values, samples = kept_values(g, rounding), rounding.samples
+        kept, own, axis = g, samples or rounding.channels, 0 if samples is not None else 3
         dropped = jnp.float32(0)
         if own is not None:
             kept = jnp.take(g, own.indices, axis=axis)
@@ -147,26 +143,6 @@ def _squared_errors(g: jax.Array, keys: jax.Array, quantization: Quantization) -
     return jax.lax.map(one, keys)
 
 
-def _kept_values(
-    g: jax.Array, quantization: Quantization, key: jax.Array
-) -> tuple[jax.Array, Selection | None, Selection | None]:
-    """Values of the kept block, by the definition in :class:`fqt_jax.kernels.Rounding`."""
-    both = roundings(g, quantization.quantizer, seeds_from_key(key, 4))
-    rounding: Rounding = both[0 if quantization.product == "input" else 1]
-    lo, step = rounding.lo, code_step(rounding)
-    codes = gradient_codes(g, rounding).astype(jnp.float32)
-    own: Selection | None = getattr(rounding, rounding.groups)
-    if rounding.groups == "samples":
-        lo, step = per_sample(lo), per_sample(step)
-        weights = None if own is None else per_sample(own.weights)
-    else:
-        lo, step = lo.reshape(1, 1, 1, -1), step.reshape(1, 1, 1, -1)
-        weights = None if own is None else own.weights.reshape(1, 1, 1, -1)
-    values = lo + step * codes
-    if weights is not None:
-        values = jnp.where(weights == 0, jnp.float32(0), weights * values)
-    elif rounding.samples is not None:
-        # The samples' weights were folded in before rounding.
-        folded = per_sample(rounding.samples.weights)
-        values = jnp.where(folded == 0, jnp.float32(0), values)
-    return values, rounding.samples, rounding.channels
+def _rounding(g: jax.Array, quantization: Quantization, key: jax.Array) -> Rounding:
+    for_input, for_weight = roundings(g, quantization.quantizer, seeds_from_key(key, 4))
+    return for_input if quantization.product == "input" else for_weight

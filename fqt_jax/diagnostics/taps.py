@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from fqt_jax.binarize import weight_scale
 from fqt_jax.kernels.contract import Window
 from fqt_jax.layer_types import quantized_layers, type_of
 from fqt_jax.recipe import FULL_PRECISION, Recipe
@@ -57,8 +56,8 @@ class LayerShape:
     def of(cls, path: str, layer: Any, x: jax.Array, y: jax.Array) -> LayerShape:
         """Of a layer that maps ``x`` to ``y``."""
         kind = type_of(layer)
-        n, height, width, channels = kind.as_images(layer, x).shape
-        samples, rows, columns, out_channels = kind.as_images(layer, y).shape
+        n, height, width, channels = kind.input_images(layer, x).shape
+        samples, rows, columns, out_channels = kind.output_images(layer, y).shape
         served = isinstance(layer, kind.quantized_type) or kind.obstacle(layer) is None
         return cls(
             path,
@@ -265,7 +264,7 @@ def _backward(
     result: dict[str, tuple[jax.Array, ...]] = {}
     for path, layer in layers.items():
         g, exact_g = (
-            type_of(layer).as_images(layer, grads[path]).astype(jnp.float32) * _scale(layer)
+            type_of(layer).output_images(layer, grads[path]).astype(jnp.float32) * _scale(layer)
             for grads in (output_grads, exact_output)
         )
         noise = jnp.sqrt(squares[path] / keys.shape[0])
@@ -277,7 +276,7 @@ def _scale(layer: Any) -> jax.Array:
     """The weight scale, which is folded into the gradient before it is quantized."""
     if layer.recipe.scale == "none":
         return jnp.ones((1, 1, 1, 1), jnp.float32)
-    scale = weight_scale(layer.kernel[...]) if layer.scale is None else layer.scale[...]
+    scale = type_of(layer).mean_abs(layer) if layer.scale is None else layer.scale[...]
     return scale.astype(jnp.float32).reshape(1, 1, 1, -1)
 
 

@@ -2,6 +2,8 @@
 
 from fqt_jax.fused.chain import run_chain as run_chain
 from fqt_jax.fused.float_conv import float_conv as float_conv
+from fqt_jax.fused.general import Multiply as Multiply
+from fqt_jax.fused.general import run_product as run_product
 from fqt_jax.fused.parts import Chain as Chain
 from fqt_jax.fused.parts import Gap as Gap
 from fqt_jax.fused.parts import GapParams as GapParams

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fqt_jax.layers import QuantConv, QuantLinear
+from fqt_jax.layers import QuantConv, QuantLayer, QuantLinear
 from fqt_jax.norms import RowNorm
 from fqt_jax.pooling import max_pool
 
@@ -142,11 +142,15 @@ def pool_size(layer: Any) -> int | None:
 
 def recognize(layer: Any) -> Part:
     """What a layer is to a fused run."""
-    if isinstance(layer, QuantConv | QuantLinear):
+    if isinstance(layer, QuantLayer):
         if layer.kernel.size == 0:
             return Part(layer, "other", "it has no weights")
         if type(layer) not in (QuantConv, QuantLinear):
             return Part(layer, "other", f"{type(layer).__name__} has behaviour of its own")
+        if isinstance(layer, QuantConv) and layer.geometry.is_general:
+            return Part(layer, "other", f"{layer.geometry.why_general} is computed in float")
+        if isinstance(layer, QuantConv) and len(layer.kernel_size) != 2:
+            return Part(layer, "other", "only convolutions of images fuse")
         return Part(layer, "product" if layer.recipe.binary else "float product")
     if isinstance(layer, nnx.BatchNorm):
         why = _why_not_norm(layer)

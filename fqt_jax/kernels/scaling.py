@@ -64,6 +64,39 @@ def gradient_codes(g: jax.Array, rounding: Rounding) -> jax.Array:
     return round_to_codes(g, lo, scale, rounding.seed, index, rounding.bits)
 
 
+def kept_values(g: jax.Array, rounding: Rounding) -> jax.Array:
+    """What the codes of the kept entries stand for, weights included, by the definition in
+    :class:`~fqt_jax.kernels.contract.Rounding`; of the shape of :func:`gradient_codes`.
+    """
+    lo, step = rounding.lo, code_step(rounding)
+    own: Selection | None = getattr(rounding, rounding.groups)
+    if rounding.groups == "samples":
+        lo, step = per_sample(lo), per_sample(step)
+        weights = None if own is None else per_sample(own.weights)
+    else:
+        lo, step = lo.reshape(1, 1, 1, -1), step.reshape(1, 1, 1, -1)
+        weights = None if own is None else own.weights.reshape(1, 1, 1, -1)
+    values = lo + step * gradient_codes(g, rounding).astype(jnp.float32)
+    if weights is not None:
+        return weighted(values, weights)
+    if rounding.samples is not None:  # their weights were folded in before rounding
+        is_dropped = per_sample(rounding.samples.weights) == 0
+        return jnp.where(is_dropped, jnp.float32(0), values)
+    return values
+
+
+def quantized(g: jax.Array, rounding: Rounding) -> jax.Array:
+    """The quantized gradient in float, of the shape of ``g``; zero where it was dropped."""
+    values = kept_values(g, rounding)
+    for axis, kept in ((0, rounding.samples), (3, rounding.channels)):
+        if kept is not None:
+            shape = tuple(g.shape[a] if a == axis else n for a, n in enumerate(values.shape))
+            at = (slice(None),) * axis + (kept.indices,)
+            zeros = jnp.zeros(shape, jnp.float32)
+            values = zeros.at[at].set(values, unique_indices=True, mode="drop")
+    return values
+
+
 def kept_positions(g: jax.Array, rounding: Rounding) -> int:
     """Over how many entries of each channel the weight gradient sums."""
     samples = g.shape[0] if rounding.samples is None else rounding.samples.indices.shape[0]
