@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fqt_jax.layer_types import quantized_layers
+from fqt_jax.layer_types import quantized_layers, type_of
 from fqt_jax.modules import find_modules
 from fqt_jax.recipe import FULL_PRECISION
 from fqt_jax.tapping import Call, tapped
@@ -218,8 +218,9 @@ def _observed(
         def observe(path: str, layer: Any, x: jax.Array, call: Call) -> jax.Array:
             if not getattr(layer, "recipe", FULL_PRECISION).binary:
                 return call()
-            rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-            threshold = jnp.zeros(x.shape[-1]) if layer.spread is None else layer.threshold[...]
+            images = type_of(layer).input_images(layer, x)
+            rows = images.reshape(-1, images.shape[-1]).astype(jnp.float32)
+            threshold = jnp.zeros(rows.shape[1]) if layer.spread is None else layer.threshold[...]
             if path in calls:
                 calls[path].append(_statistics(rows))
                 threshold, spread = (

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import linen, nnx
 
 from fqt_jax.layer_types import LAYER_TYPES, float_layers, quantized_layers, type_of
@@ -103,9 +104,11 @@ def quantize(
     each layer the first pattern that matches its whole path decides. Where none does, these
     defaults hold: the first layer, the last one and 1x1 convolutions (shortcuts) stay in full
     precision, as in the paper's code, and all others get ``recipe``. With an ``example`` first and
-    last are those in use; without, the first that the model defines, and the last dense one (the
-    classifier). Every plain :class:`flax.nnx.Sequential` becomes a :class:`fqt_jax.Sequential`, in
-    which runs of layers fuse; the table says for each layer whether it does.
+    last are those in use, the first where the model is given floats and no tokens, the last where
+    its features are those of the output; without, the first that the model defines, and the last
+    dense one (the classifier). Every plain :class:`flax.nnx.Sequential` becomes a
+    :class:`fqt_jax.Sequential`, in which runs of layers fuse; the table says for each layer whether
+    it does.
 
     Dense layers are :class:`flax.nnx.Linear`, :class:`flax.nnx.LinearGeneral`, and so the
     projections of :class:`flax.nnx.MultiHeadAttention`, and :class:`flax.nnx.Einsum` where it is a
@@ -164,8 +167,8 @@ def quantize(
     if not places:
         kinds = ", ".join(each.kind for each in LAYER_TYPES)
         raise ValueError(f"{type(model).__name__} has no layer that can be quantized ({kinds}).")
-    order = None if example is None else _order_of_use(model, example)
-    decided = _decide(places, recipe, rules, others, order, unsupported)
+    ends = _defined_ends(places) if example is None else _ends_in_use(model, example)
+    decided = _decide(places, recipe, rules, others, ends, unsupported)
     if recipe.binary and not any(d.recipe.binary for d in decided):
         raise ValueError(
             "the rules and defaults leave every layer in full precision: name the layers to "
@@ -225,20 +228,41 @@ def _other_modules(model: Any, places: list[Place]) -> dict[str, str]:
     }
 
 
-def _order_of_use(model: Any, example: Any) -> list[str]:
-    """The paths of the layers in the order of their first calls."""
+def _defined_ends(places: list[Place]) -> dict[str | None, str]:
+    dense = (place.path for place in reversed(places) if type_of(place.module).is_dense)
+    return {next(dense, None): "classifier", places[0].path: "first layer"}
+
+
+def _ends_in_use(model: Any, example: Any) -> dict[str | None, str]:
+    """The paths of the first and of the last layer in use, and what they are.
+
+    The first counts where the model is given floats, and not, say, tokens, which an embedding
+    takes; the last where its features are those of an output, and not, say, those of an embedding
+    that is used once more.
+    """
     graphdef, state = nnx.split(model)
-    order: dict[str, None] = {}
+    inputs = example if isinstance(example, tuple) else (example,)
+    calls: list[tuple[str, int]] = []
 
     def observe(path: str, layer: Any, x: jax.Array, call: Call) -> jax.Array:
-        order.setdefault(path)
-        return call()
+        y = call()
+        calls.append((path, y.shape[-1]))
+        return y
 
     def run(state: Any, inputs: tuple[Any, ...]) -> Any:
         return tapped(nnx.merge(graphdef, state, copy=True), observe)(*inputs)
 
-    jax.eval_shape(run, state, example if isinstance(example, tuple) else (example,))
-    return list(order)
+    outputs = jax.eval_shape(run, state, inputs)
+    ends: dict[str | None, str] = {}
+    if calls and any(leaf.shape[-1:] == calls[-1][1:] for leaf in jax.tree.leaves(outputs)):
+        ends[calls[-1][0]] = "last layer"
+    if calls and any(
+        jnp.issubdtype(leaf.dtype, jnp.floating)
+        for leaf in jax.tree.leaves(inputs)
+        if hasattr(leaf, "dtype")
+    ):
+        ends[calls[0][0]] = "first layer"
+    return ends
 
 
 def _warn_of_constant_signs(layers: dict[str, str]) -> None:
@@ -273,7 +297,7 @@ def _decide(
     recipe: Recipe,
     rules: Rules,
     others: dict[str, str],
-    order: list[str] | None,
+    ends: dict[str | None, str],
     unsupported: str,
 ) -> list[ConvertedLayer]:
     patterns = []
@@ -290,11 +314,6 @@ def _decide(
                 f"the pattern {text!r} matches no layer{instead}. Layers: {_names(places)}."
             )
         patterns.append((pattern, given))
-    if order is None:
-        dense = (place.path for place in reversed(places) if type_of(place.module).is_dense)
-        ends = {next(dense, None): "classifier", places[0].path: "first layer"}
-    else:
-        ends = {order[-1]: "last layer", order[0]: "first layer"} if order else {}
     decided = []
     for place in places:
         layer, kind = place.module, type_of(place.module)

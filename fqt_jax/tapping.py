@@ -35,5 +35,11 @@ class _Tap(nnx.Module):
         # It takes what the layer takes: nnx.Sequential asks, and passes nothing else.
         self.__signature__ = inspect.signature(layer)
 
+    def __getattr__(self, name: str) -> Any:
+        """What is asked of the layer, such as the shape of its weights."""
+        if name == "layer" or name.startswith("_"):  # not there yet, or asked for by Flax
+            raise AttributeError(name)
+        return getattr(self.layer, name)
+
     def __call__(self, x: jax.Array, *args: Any, **options: Any) -> jax.Array:
         return self._observe(self.layer, x, lambda: self.layer(x, *args, **options))

@@ -276,6 +276,7 @@ def test_the_ends_are_those_in_use_where_an_example_is_given():
             self.down = nnx.Linear(4, 4, rngs=rngs)
 
         def __call__(self, x, gain):
+            assert self.gate.kernel.shape == (4, 4)  # models look into their layers
             return self.decoder(self.down(self.gate(self.encoder(x) * gain)))
 
     model = Model(nnx.Rngs(0))
@@ -289,6 +290,18 @@ def test_the_ends_are_those_in_use_where_an_example_is_given():
         "decoder": "last layer",
         "down": "default",
     }
+
+
+def test_tokens_and_a_tied_embedding_have_no_first_and_no_last_layer():
+    class Tied(Attention):
+        def __call__(self, tokens):
+            return self.embed.attend(self.blocks.up(self.embed(tokens))[..., :8])
+
+    net = Tied(nnx.Rngs(0), layers=1)
+    net.blocks = Block(nnx.Rngs(0))
+    del net.head
+    _, table = fqt.quantize(net, "qat", example=TOKENS)
+    assert {row.reason for row in table} == {"default"}
 
 
 def test_what_is_computed_in_float_is_told():
