@@ -28,7 +28,7 @@ from fqt_jax.layers import (
 from fqt_jax.layers.dense import MatrixProduct
 from fqt_jax.modules import Place, find_modules
 from fqt_jax.recipe import Recipe
-from fqt_jax.windows import explicit_padding, per_axis, resolve_window
+from fqt_jax.windows import explicit_padding, per_axis
 
 
 class LayerType(abc.ABC):
@@ -135,9 +135,13 @@ class LayerType(abc.ABC):
         """How many products each entry of the output sums, padding included."""
         return math.prod(layer.kernel.shape[:-1])
 
+    def matrix(self, layer: Any, kernel: jax.Array) -> jax.Array:
+        """The weights of a layer as ``[terms, O]``."""
+        return kernel.reshape(-1, kernel.shape[-1])
+
     def mean_abs(self, layer: Any) -> jax.Array:
         """The scale of the weights that is not learned, ``[O]``."""
-        return weight_scale(layer.kernel[...])
+        return weight_scale(self.matrix(layer, layer.kernel[...]))
 
     def _stack(self, new: Any, lead: tuple[int, ...]) -> None:
         """Makes parameters and streams of one layer those of stacked layers."""
@@ -230,9 +234,9 @@ class LinearGeneral(LayerType):
         """The features of the input."""
         return math.prod(layer.in_features)
 
-    def mean_abs(self, layer: Any) -> jax.Array:
-        """Of the matrix that the weights are."""
-        return weight_scale(layer.kernel[...].reshape(math.prod(layer.in_features), -1))
+    def matrix(self, layer: Any, kernel: jax.Array) -> jax.Array:
+        """All axes that are summed over as one, and all others."""
+        return kernel.reshape(math.prod(layer.in_features), -1)
 
 
 class Einsum(LayerType):
@@ -291,10 +295,9 @@ class Einsum(LayerType):
         shape = layer.kernel.shape[-len(parsed.w) :]
         return math.prod(n for label, n in zip(parsed.w, shape, strict=True) if label in parsed.x)
 
-    def mean_abs(self, layer: Any) -> jax.Array:
-        """Of the matrix that the weights are."""
-        matrix = self._parsed(layer).matrix(layer.kernel[...])
-        return weight_scale(matrix.reshape(self.terms(layer), -1))
+    def matrix(self, layer: Any, kernel: jax.Array) -> jax.Array:
+        """All axes that are summed over as one, and all others."""
+        return self._parsed(layer).matrix(kernel).reshape(self.terms(layer), -1)
 
     def _parsed(self, layer: Any) -> MatrixProduct:
         parsed: MatrixProduct | None = getattr(layer, "parsed", None)
@@ -342,14 +345,7 @@ class Conv(LayerType):
 
     def window(self, layer: Any, size: tuple[int, int]) -> Window | None:
         """The convolution's, with padding made explicit."""
-        geometry = self._geometry(layer)
-        if geometry.is_general:
-            return None
-        strides, padding, window = geometry.strides, geometry.padding, layer.kernel.shape[:-2]
-        if len(window) == 1:
-            strides, window = (1, *strides), (1, *window)
-            padding = padding if isinstance(padding, str) else ((0, 0), *padding)
-        return resolve_window(window, size, strides, padding)
+        return self._geometry(layer).window(layer.kernel.shape[:-2], size)
 
     def _geometry(self, layer: Any) -> ConvGeometry:
         if isinstance(layer, QuantConv):

@@ -93,7 +93,7 @@ def _data(a):
 @contextlib.contextmanager
 def in_turn(monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(sequential, "_fits", lambda *_: False)
+        patch.setattr(sequential, "fits", lambda *_: False)
         yield
 
 

@@ -12,9 +12,10 @@ from flax import nnx
 from jax import lax
 
 from fqt_jax.functional import conv, product
+from fqt_jax.kernels.contract import Window
 from fqt_jax.layers.base import BIAS_INIT, KERNEL_INIT, Initializer, QuantLayer, laid_out
 from fqt_jax.recipe import FQT1, Recipe
-from fqt_jax.windows import Padding, explicit_padding, per_axis
+from fqt_jax.windows import Padding, explicit_padding, per_axis, resolve_window
 
 
 class QuantConv(QuantLayer):
@@ -162,6 +163,19 @@ class ConvGeometry:
         if {*self.input_dilation, *self.kernel_dilation} != {1}:
             return "a dilated convolution"
         return f"{self.padding} padding" if self.padding in ("CIRCULAR", "REFLECT") else ""
+
+    def window(self, kernel_size: Sequence[int], size: tuple[int, int]) -> Window | None:
+        """The window over an image of this height and width; that of a sequence has one row.
+
+        ``None`` where the integer kernels have no form for it.
+        """
+        if self.is_general:
+            return None
+        strides, padding = self.strides, self.padding
+        if len(kernel_size) == 1:
+            strides, kernel_size = (1, *strides), (1, *kernel_size)
+            padding = padding if isinstance(padding, str) else ((0, 0), *padding)
+        return resolve_window(kernel_size, size, strides, padding)
 
     def __call__(self, x: jax.Array, w: jax.Array) -> jax.Array:
         """The convolution of ``x[N, *spatial, C]`` with ``w[*window, C // groups, O]``."""
