@@ -154,6 +154,8 @@ def load_parameters(path: Path, model: nnx.Module, *, new_head: str | None = Non
 
     Float and quantized models have the same parameters, so a checkpoint of either loads into the
     other. Learned weight scales that the checkpoint lacks start from the loaded weights' means.
+    Thresholds of signs that only one of the two has are left out
+    (:func:`fqt_jax.calibrate`).
 
     Args:
       path: the checkpoint.
@@ -183,6 +185,8 @@ def load_parameters(path: Path, model: nnx.Module, *, new_head: str | None = Non
         elif array is None and _is_learned_scale(name, saved):
             kernel = saved[f"{name.removesuffix('.scale')}.kernel"]
             loaded.append(jnp.asarray(np.abs(kernel).mean(axis=tuple(range(kernel.ndim - 1)))))
+        elif array is None and _is_threshold(name, saved):
+            loaded.append(value)
         elif array is not None and new_head and name.startswith(f"{new_head}."):
             loaded.append(value)
             kept.append(name)
@@ -196,7 +200,11 @@ def load_parameters(path: Path, model: nnx.Module, *, new_head: str | None = Non
     unknown = {name.split(".", 1)[1] for name in arrays if name.startswith("params.")} - {
         name for name, _ in named
     }
-    unknown = {name for name in unknown if not _is_learned_scale(name, saved)}
+    unknown = {
+        name
+        for name in unknown
+        if not _is_learned_scale(name, saved) and not _is_threshold(name, saved)
+    }
     if unknown:
         raise CheckpointError(f"{path} is of another model: it also has {min(unknown)}.")
     nnx.update(model, jax.tree.unflatten(jax.tree.structure(state), loaded))
@@ -244,6 +252,11 @@ def latest_checkpoint(folder: Path) -> pathlib.Path | None:
 def _is_learned_scale(name: str, saved: dict[str, np.ndarray]) -> bool:
     """A layer's learned weight scale; batch norm has a ``scale`` too, but no ``kernel``."""
     return name.endswith(".scale") and f"{name.removesuffix('.scale')}.kernel" in saved
+
+
+def _is_threshold(name: str, saved: dict[str, np.ndarray]) -> bool:
+    layer, _, last = name.rpartition(".")
+    return last in ("threshold", "spread") and f"{layer}.kernel" in saved
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:

@@ -171,8 +171,8 @@ def spoilt(text: str, about: dict | None = None):
     [
         (lambda: "missing.safetensors", FileNotFoundError, "missing.safetensors is not there"),
         (lambda: ".", FileNotFoundError, ". is no file"),
-        (lambda: spoilt("truncated"), ValueError, "bad.safetensors is damaged: "),
-        (lambda: spoilt("noise"), ValueError, "bad.safetensors is damaged: "),
+        (lambda: spoilt("truncated"), ValueError, "bad.safetensors is no safetensors file, or damaged: "),
+        (lambda: spoilt("noise"), ValueError, "bad.safetensors is no safetensors file, or damaged: "),
         (lambda: spoilt("another format"), ValueError, "was not written by fqt_jax.export.save"),
     ],
 )
@@ -185,7 +185,9 @@ def test_a_file_of_another_model_is_named():
     export.save(relu_net(), "model.safetensors")
     with pytest.raises(ValueError, match=r"model.safetensors is of another model: .* is missing; "):
         export.load("model.safetensors", MODELS["vgg_small"])
-    with pytest.raises(ValueError, match=r"of another model: layers.0.bias is float32 .*, not float32"):
+    with pytest.raises(
+        ValueError, match=r"of another model: layers.0.bias is float32 .*, not float32"
+    ):
         export.load("model.safetensors", lambda: wider())
 
 

@@ -19,6 +19,7 @@ from fqt_jax.recipe import (
     Recipe,
     SamplerName,
     Scale,
+    Threshold,
     recipe_by_name,
 )
 
@@ -39,7 +40,7 @@ class RunConfig:
     """A ResNet's stem; auto: imagenet for images of 96 pixels and more."""
 
     recipe: str = "fqt1"
-    """Recipe: full_precision, qat, psq1, fqt1 or fqt1_plus. The next ten change parts of it."""
+    """Recipe: full_precision, qat, psq1, fqt1 or fqt1_plus. The next eleven change parts of it."""
     bits: int | None = None
     """Bits of a gradient code, 1 to 8."""
     keep: float | None = None
@@ -56,6 +57,8 @@ class RunConfig:
     """The weights' scale."""
     clip: bool | None = None
     """Whether the straight-through gradient is zero outside [-1, 1]."""
+    threshold: Threshold | None = None
+    """Where the signs of activations change; the default is at zero."""
     one_draw: bool = False
     """Prune once for the whole network, at the loss, in place of once in each layer."""
     stratify: bool = False
@@ -160,7 +163,7 @@ class RunConfig:
     def build_recipe(self) -> Recipe:
         """The named recipe with the parts that were changed."""
         recipe = recipe_by_name(self.recipe)
-        changes = _given(self, ("scale", "clip"))
+        changes = _given(self, ("scale", "clip", "threshold"))
         of_gradient = _given(self, ("bits", "keep", "sampler", "importance", "groups", "prune"))
         if of_gradient:
             if recipe.gradient is None:
@@ -226,6 +229,7 @@ RECIPE_PARTS = (
     "prune",
     "scale",
     "clip",
+    "threshold",
     "one_draw",
     "stratify",
 )

@@ -104,6 +104,7 @@ def pretraining(config: FinetuneConfig, image_size: int) -> PretrainConfig:
         stem=config.stem,
         scale=None if recipe.scale == QAT.scale else recipe.scale,
         clip=None if recipe.clip == QAT.clip else recipe.clip,
+        threshold=None if recipe.threshold == QAT.threshold else recipe.threshold,
         epochs=config.pretrain_epochs,
         image_size=image_size,
         seed=config.seed if config.pretrain_seed is None else config.pretrain_seed,

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from typing import Any
 
 from flax import nnx
 
 from experiments.data import Dataset, load
+from experiments.data.augment import normalize
 from experiments.runs.config import RunConfig
+from fqt_jax.calibration import calibrate
 from fqt_jax.checkpoints import load_parameters
 from fqt_jax.convert import ConversionTable, quantize
 from fqt_jax.kernels import check_implementation
 from fqt_jax.models import create_model
+
+_CALIBRATED = 256
+"""Training images that thresholds start from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,17 +52,7 @@ def build_task(config: RunConfig, dataset: Dataset, checkpoint: pathlib.Path | N
     # Before the model, whose making takes seconds.
     check_implementation(config.implementation)
     recipe = config.build_recipe()
-    stem = config.stem
-    if stem == "auto":
-        stem = "imagenet" if min(dataset.image_size) >= 96 else "small"
-    float_model = create_model(
-        config.model,
-        num_classes=dataset.num_classes,
-        in_features=dataset.channels,
-        width=config.width,
-        stem=stem,
-        rngs=nnx.Rngs(config.seed),
-    )
+    float_model = create_model(**model_options(config, dataset), rngs=nnx.Rngs(config.seed))
     start = "random values"
     if checkpoint is not None:
         fresh = load_parameters(checkpoint, float_model, new_head="head")
@@ -67,7 +63,24 @@ def build_task(config: RunConfig, dataset: Dataset, checkpoint: pathlib.Path | N
         implementation=config.implementation,
         rngs=nnx.Rngs(config.seed + 1),
     )
+    if recipe.threshold != "zero":
+        images = normalize(dataset.train.images[:_CALIBRATED], dataset.mean, dataset.std)
+        calibrate(model, images)
     return Task(dataset, model, table, start)
+
+
+def model_options(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
+    """What :func:`fqt_jax.models.create_model` builds a run's model from."""
+    stem = config.stem
+    if stem == "auto":
+        stem = "imagenet" if min(dataset.image_size) >= 96 else "small"
+    return {
+        "name": config.model,
+        "num_classes": dataset.num_classes,
+        "in_features": dataset.channels,
+        "width": config.width,
+        "stem": stem,
+    }
 
 
 def augmentation(config: RunConfig, dataset: Dataset) -> tuple[bool, int]:
