@@ -9,7 +9,6 @@ import pathlib
 import pkgutil
 import re
 import sys
-import tomllib
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,7 +27,7 @@ PACKAGE = "fqt_jax"
 
 project = PACKAGE
 author = copyright = "the fqt_jax maintainers"
-release = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]["version"]
+release = importlib.import_module(PACKAGE).__version__
 
 extensions = [
     "myst_parser",

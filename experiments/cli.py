@@ -32,7 +32,7 @@ def run(main: Callable[[Config], None], config_type: type[Config]) -> None:
     name = getattr(module.__spec__, "name", None)
 
     def go() -> None:
-        prog = f"python -m {name}" if name else None
+        prog = process.command(name.rpartition(".")[2]) if name else None
         main(tyro.cli(config_type, prog=prog, description=module.__doc__))
 
     try:

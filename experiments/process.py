@@ -28,6 +28,12 @@ _GRACE = 0.05
 """Seconds for the main thread to handle a signal before the watching thread steps in."""
 
 
+def command(name: str) -> str:
+    """How an experiment is called here, in a checkout or by the installed command."""
+    by = os.environ.get("FQT_JAX_COMMAND")
+    return f"{by} {name}" if by else f"python -m experiments.{name}"
+
+
 class Interrupted(Exception):
     """A signal stopped the work, and it is saved. The message says how to go on."""
 

@@ -42,4 +42,6 @@ from fqt_jax.samplers import Selection as Selection
 from fqt_jax.samplers import keep_probabilities as keep_probabilities
 from fqt_jax.sequential import Sequential as Sequential
 
+__version__ = "0.1.0"
+
 _warn_of_defects()

@@ -171,8 +171,16 @@ def spoilt(text: str, about: dict | None = None):
     [
         (lambda: "missing.safetensors", FileNotFoundError, "missing.safetensors is not there"),
         (lambda: ".", FileNotFoundError, ". is no file"),
-        (lambda: spoilt("truncated"), ValueError, "bad.safetensors is no safetensors file, or damaged: "),
-        (lambda: spoilt("noise"), ValueError, "bad.safetensors is no safetensors file, or damaged: "),
+        (
+            lambda: spoilt("truncated"),
+            ValueError,
+            "is no safetensors file, or damaged: ",
+        ),
+        (
+            lambda: spoilt("noise"),
+            ValueError,
+            "is no safetensors file, or damaged: ",
+        ),
         (lambda: spoilt("another format"), ValueError, "was not written by fqt_jax.export.save"),
     ],
 )

@@ -12,6 +12,7 @@ import pytest
 import tyro
 import yaml
 
+import fqt_jax
 from experiments import cli
 from experiments.sweeps.specs import parse
 from experiments.sweeps.sweep import SweepConfig
@@ -182,5 +183,5 @@ def test_the_citation_is_of_this_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert citation["cff-version"] == "1.2.0"
-    assert citation["version"] == project["version"]
+    assert citation["version"] == fqt_jax.__version__
     assert citation["license"] == project["license"]

@@ -107,7 +107,7 @@ def continuing(folder: pathlib.Path, kind: str) -> Iterator[None]:
       OSError: it cannot be written.
     """
     with locks.locked(folder):
-        command = f"python -m experiments.{kind} --resume {shlex.quote(str(folder))}"
+        command = f"{process.command(kind)} --resume {shlex.quote(str(folder))}"
         process.if_stopped(f"continue by: {command}")
         yield
 

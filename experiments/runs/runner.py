@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from experiments import process
 from experiments.cli import UserError
 from experiments.data import epoch_order
 from experiments.process import Interrupted, StopOnSignal
@@ -333,5 +334,5 @@ class _Run:
     def _how_to_resume(self) -> str:
         return (
             f"stopped after step {int(self.state.step)} of {self.total_steps} and saved; "
-            f"continue by: python -m experiments.{self.kind} --resume {self.folder}"
+            f"continue by: {process.command(self.kind)} --resume {self.folder}"
         )
