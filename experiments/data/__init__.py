@@ -1,4 +1,4 @@
-"""Data sets as arrays in memory: two that come with Python packages, and the paper's six."""
+"""Data sets as arrays in memory: embedded, of tensorflow-datasets, or a user's own."""
 
 from experiments.data.batches import epoch_order
 from experiments.data.catalog import DATASETS, load

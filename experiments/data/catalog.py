@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from experiments.data import embedded, prepared
+from experiments.data import embedded, files, prepared
 from experiments.data.dataset import DataError, Dataset
 from experiments.data.splits import assemble
 
 DATASETS: tuple[str, ...] = (*embedded.NAMES, *prepared.SPECS)
-"""Names that ``load`` knows: the first two need no preparation."""
+"""Names that ``load`` knows beforehand: the first two need no preparation."""
+
+OWN = ("folder", "npz")
+"""Names of a user's own data, which ``data_dir`` points to."""
+
+_PHOTOGRAPH = (224, 224)
 
 
 def _is_count(value: object) -> bool:
@@ -61,19 +66,26 @@ def load(
     ``oxford_iiit_pet``    37       224 x 224 x 3  3,680     3,669   tfds
     ``cars196``            196      224 x 224 x 3  8,144     8,041   tfds
     ``caltech_birds2011``  200      224 x 224 x 3  5,994     5,794   tfds
+    ``folder``             any      224 x 224 x 3                    images, one folder a class
+    ``npz``                any      as they are                      arrays
+    any other              any      224 x 224 x 3                    tfds
     =====================  =======  =============  ========  ======  =======
 
     Training counts include what is held out; the flowers have 1,020 validation images besides.
 
     Args:
-      name: one of ``DATASETS``.
+      name: one of ``DATASETS`` or ``OWN``, or any image classification set of
+        tensorflow-datasets that is prepared as array_record
+        (:func:`experiments.data.prepared.sources`).
       image_size: height and width, or one number for both; ``None`` means the size above. The
         shorter side is scaled and the centre cut out.
       validation_fraction: the part of the training split to hold out, in (0, 1). It does not
         apply to ``oxford_flowers102``, which has a validation split of its own.
       seed: of what is held out.
       data_dir: where tensorflow-datasets has prepared data; ``None`` means ``$TFDS_DATA_DIR``, or
-        ``~/tensorflow_datasets``. The embedded sets do not look at it.
+        ``~/tensorflow_datasets``. Of ``folder`` it is the folder
+        (:func:`experiments.data.files.from_folder`), of ``npz`` the file
+        (:func:`experiments.data.files.from_npz`). The embedded sets take none.
       limit: the most examples in each split, classes in proportion; ``None`` means all. A smaller
         limit gives a prefix of what a larger one gives, and only what it leaves is decoded.
 
@@ -88,35 +100,67 @@ def load(
       >>> data = load("digits", limit=100)
       >>> data.train.images.shape, data.train.images.dtype
       ((100, 16, 16, 1), dtype('uint8'))
-      >>> load("imagenet")
+      >>> load("imaginary", data_dir="/nowhere")
       Traceback (most recent call last):
         ...
-      experiments.data.dataset.DataError: unknown data set 'imagenet'; known: mnist5k, digits,
-        cifar10, cifar100, oxford_flowers102, oxford_iiit_pet, cars196, caltech_birds2011.
+      experiments.data.dataset.DataError: unknown data set 'imaginary'; known: mnist5k, digits,
+        cifar10, cifar100, oxford_flowers102, oxford_iiit_pet, cars196, caltech_birds2011, folder,
+        npz, and what is prepared in /nowhere: nothing.
     """
-    if name not in DATASETS:
-        raise DataError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}.")
     if not 0 < validation_fraction < 1:
         raise DataError(f"validation_fraction must lie in (0, 1); got {validation_fraction}.")
     if limit is not None and not _is_count(limit):
         raise DataError(f"limit must be a positive integer or None; got {limit!r}.")
-    spec = prepared.SPECS.get(name)
-    default_size = spec.image_size if spec else embedded.IMAGE_SIZE
-    size = default_size if image_size is None else parse_image_size(image_size)
-    validation = None
-    if spec:
-        directory = prepared.default_data_dir() if data_dir is None else Path(data_dir).expanduser()
-        train, test, validation = prepared.sources(
-            name, image_size=size, seed=seed, data_dir=directory
-        )
-    else:
+    wanted = None if image_size is None else parse_image_size(image_size)
+    if name in embedded.NAMES:
+        if data_dir is not None:
+            raise DataError(f"{name} comes with Python packages: it takes no data_dir.")
+        size = wanted or embedded.IMAGE_SIZE
         train, test = embedded.sources(name, image_size=size, seed=seed)
+        own = files.Own(train, test, None, embedded.NUM_CLASSES, ())
+    elif name in OWN:
+        if data_dir is None:
+            what = "the folder of images" if name == "folder" else "the .npz file"
+            raise DataError(f"the data set {name!r} needs a data_dir: {what}.")
+        path = Path(data_dir).expanduser()
+        if name == "folder":
+            size = wanted or _PHOTOGRAPH
+            own = files.from_folder(path, image_size=size, seed=seed)
+        else:
+            own, size = files.from_npz(path, image_size=wanted, seed=seed)
+        name = path.stem
+    else:
+        directory = prepared.default_data_dir() if data_dir is None else Path(data_dir).expanduser()
+        spec = prepared.SPECS.get(name)
+        if spec is None and not (directory / name).is_dir():
+            there = ", ".join(prepared.prepared_names(directory)) or "nothing"
+            raise DataError(
+                f"unknown data set {name!r}; known: {', '.join((*DATASETS, *OWN))}, and what is "
+                f"prepared in {directory}: {there}."
+            )
+        size = wanted or (spec.image_size if spec else _PHOTOGRAPH)
+        own = files.Own(*prepared.sources(name, image_size=size, seed=seed, data_dir=directory))
+    _check_memory(own, size, limit)
     return assemble(
         name,
-        spec.num_classes if spec else embedded.NUM_CLASSES,
-        train=train,
-        test=test,
-        validation=validation,
+        own.num_classes,
+        train=own.train,
+        test=own.test,
+        validation=own.validation,
         validation_fraction=validation_fraction,
         limit=limit,
+        class_names=own.class_names,
     )
+
+
+def _check_memory(own: files.Own, size: tuple[int, int], limit: int | None) -> None:
+    """Refuses what cannot be held, before a single image is decoded."""
+    counts = [len(part.labels) for part in (own.train, own.test, own.validation) if part]
+    images = sum(min(count, limit or count) for count in counts)
+    needed = images * size[0] * size[1] * 3
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise DataError(
+            f"{images} images of {size[0]}x{size[1]} take {needed / 2**30:.1f} GiB, and this "
+            f"machine has {there / 2**30:.1f}: lower image_size, or set a limit."
+        )

@@ -83,6 +83,7 @@ class Dataset:
       validation: what choices are made on.
       test: what is reported, and chosen by nobody.
       num_classes: labels lie in ``[0, num_classes)``.
+      class_names: of each label, where the data set has them.
 
     Raises:
       DataError: a label is out of range, or the splits' images differ in shape.
@@ -104,6 +105,7 @@ class Dataset:
     validation: Split
     test: Split
     num_classes: int
+    class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for field in ("train", "validation", "test"):

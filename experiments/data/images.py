@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from experiments.data.dataset import DataError
 
@@ -58,6 +58,16 @@ def resize(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
     return array.reshape(height, width, -1)
 
 
+def to_rgb(file: Image.Image) -> Image.Image:
+    """An image of any colour mode as RGB, turned as its EXIF data say; transparency is dropped."""
+    image = ImageOps.exif_transpose(file)
+    if image.mode.startswith("I"):  # 16 bits: Pillow would cut off what exceeds 255
+        levels = np.asarray(image).astype(np.uint32)
+        return Image.fromarray((levels.clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
+    # A palette with transparency has to pass through RGBA on its way to RGB.
+    return (image.convert("RGBA") if image.has_transparency_data else image).convert("RGB")
+
+
 def decode_rgb(encoded: bytes, size: tuple[int, int]) -> np.ndarray:
     """Decodes a PNG or JPEG of any colour mode; grey images get three equal channels.
 
@@ -79,9 +89,7 @@ def decode_rgb(encoded: bytes, size: tuple[int, int]) -> np.ndarray:
     """
     try:
         with Image.open(io.BytesIO(encoded)) as file:
-            # A palette with transparency has to pass through RGBA on its way to RGB.
-            image = file.convert("RGBA") if file.has_transparency_data else file
-            return resize(image.convert("RGB"), size)
+            return resize(to_rgb(file), size)
     except (OSError, SyntaxError, ValueError) as error:  # Pillow raises each of these
         reason = str(error).partition("\n")[0].rstrip(".")
         raise DataError(f"not a readable image: {reason}.") from error

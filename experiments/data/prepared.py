@@ -1,8 +1,8 @@
-"""The paper's data sets, as tensorflow-datasets prepares them, read without TensorFlow.
+"""Image classification sets as tensorflow-datasets prepares them, read without TensorFlow.
 
 ``tfds build`` (which needs TensorFlow) writes ``DATA_DIR/NAME/VERSION/`` with a description and
 array_record files. They describe themselves, so reading needs no code of the data set: examples
-come as serialized ``tf.train.Example`` messages, of which only ``image`` and ``label`` are looked
+come as serialized ``tf.train.Example`` messages, of which only the image and the label are looked
 at, and Pillow decodes the images. Nothing here downloads anything.
 """
 
@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -115,7 +115,9 @@ def find_prepared(name: str, data_dir: Path) -> Path:
     )
 
 
-def _source(builder: Any, split: str, image_size: tuple[int, int], seed: int) -> Source:
+def _source(
+    builder: Any, split: str, keys: tuple[str, str], image_size: tuple[int, int], seed: int
+) -> Source:
     import tensorflow_datasets as tfds
     from tensorflow_datasets.proto import tf_example_pb2
 
@@ -132,10 +134,10 @@ def _source(builder: Any, split: str, image_size: tuple[int, int], seed: int) ->
 
     def example(index: int) -> tuple[bytes, int]:
         feature = tf_example_pb2.Example.FromString(records[int(index)]).features.feature
-        for key in ("image", "label"):
+        for key in keys:
             if key not in feature:
                 raise DataError(f"it has no {key!r}.")
-        images, labels = feature["image"].bytes_list.value, feature["label"].int64_list.value
+        images, labels = feature[keys[0]].bytes_list.value, feature[keys[1]].int64_list.value
         if len(images) != 1 or len(labels) != 1:
             raise DataError(f"it has {len(images)} encoded images and {len(labels)} labels.")
         return images[0], labels[0]
@@ -157,17 +159,40 @@ def _source(builder: Any, split: str, image_size: tuple[int, int], seed: int) ->
 
     pairs = parallel_map(label_and_key, range(count))
     labels = np.array([label for label, _ in pairs], np.int32)
-    keys = np.array([key for _, key in pairs], np.uint64)
-    return Source(labels, keys, decode)
+    hashes = np.array([key for _, key in pairs], np.uint64)
+    return Source(labels, hashes, decode)
 
 
-def sources(
-    name: str, *, image_size: tuple[int, int], seed: int, data_dir: Path
-) -> tuple[Source, Source, Source | None]:
-    """Training, test and, where the data set has its own, validation examples.
+class Prepared(NamedTuple):
+    """A prepared data set.
+
+    Attributes:
+      train, test, validation: examples; ``validation`` is ``None`` where the set has none.
+      num_classes: its labels lie in ``[0, num_classes)``.
+      class_names: of each label, where the description has them.
+    """
+
+    train: Source
+    test: Source
+    validation: Source | None
+    num_classes: int
+    class_names: tuple[str, ...]
+
+
+def prepared_names(data_dir: Path) -> list[str]:
+    """The data sets that are prepared in a folder."""
+    return sorted({path.parents[1].name for path in data_dir.glob("*/*/dataset_info.json")})
+
+
+def sources(name: str, *, image_size: tuple[int, int], seed: int, data_dir: Path) -> Prepared:
+    """The examples of a prepared data set.
+
+    Of a set that is not in ``SPECS``, image and label are its only feature of either kind, or those
+    called so; its test examples are the split ``test``, or ``validation`` where there is no
+    ``test``.
 
     Args:
-      name: one of ``SPECS``.
+      name: of the data set.
       image_size: height and width.
       seed: of the keys by which validation data are held out.
       data_dir: where data sets are prepared.
@@ -176,27 +201,53 @@ def sources(
       DataError: tensorflow-datasets or array_record is not installed; the data set is not
         prepared; its files are damaged; it lacks a split or a feature.
     """
-    spec = SPECS[name]
+    spec = SPECS.get(name)
     tfds = import_extra("tensorflow_datasets", "tfds")
     import_extra("array_record.python.array_record_module", "tfds")
     directory = find_prepared(name, data_dir)
     with _reading(directory):
         builder = tfds.builder_from_directory(directory)
         features = builder.info.features
-        for key in ("image", "label"):
-            if key not in features:
-                raise DataError(f"no feature {key!r} among {', '.join(sorted(features))}.")
-        num_classes = getattr(features["label"], "num_classes", None)
-        if num_classes != spec.num_classes:
-            raise DataError(f"{num_classes} classes where {spec.num_classes} are expected.")
-        splits = ("train", "test", "validation")[: 3 if spec.validation else 2]
-        for split in splits:
-            if split not in builder.info.splits:
-                raise DataError(
-                    f"no split {split!r} among {', '.join(sorted(builder.info.splits))}."
-                )
-    train, test, *rest = [
-        _source(builder, split, image_size, TEST_SEED if split == "test" else seed)
-        for split in splits
-    ]
-    return train, test, rest[0] if rest else None
+        keys = (
+            _feature(features, "image", tfds.features.Image),
+            _feature(features, "label", tfds.features.ClassLabel),
+        )
+        label = features[keys[1]]
+        if spec is not None and label.num_classes != spec.num_classes:
+            raise DataError(f"{label.num_classes} classes where {spec.num_classes} are expected.")
+        if label.num_classes is None:
+            raise DataError(f"its description does not say how many classes {keys[1]!r} has.")
+        train, test, validation = _splits(builder.info.splits, spec)
+
+    def examples(split: str) -> Source:
+        return _source(builder, split, keys, image_size, TEST_SEED if split == test else seed)
+
+    held = examples(validation) if validation else None
+    names = tuple(map(str, label.names))  # those that were not given are the numbers
+    return Prepared(examples(train), examples(test), held, label.num_classes, names)
+
+
+def _feature(features: Any, key: str, kind: type) -> str:
+    """The name of the only feature of a kind, or of the one that is called by it."""
+    if key in features and isinstance(features[key], kind):
+        return key
+    found = [name for name in features if type(features[name]) is kind]
+    if len(found) == 1:
+        return found[0]
+    if key in features or not found:
+        raise DataError(f"no feature {key!r} among {', '.join(sorted(features))}.")
+    raise DataError(f"several features could be the {key}: {', '.join(sorted(found))}.")
+
+
+def _splits(found: Any, spec: Spec | None) -> tuple[str, str, str | None]:
+    """The names of training, test and validation split."""
+    test = "test" if "test" in found or spec is not None else "validation"
+    wanted = ["train", test]
+    if "validation" in found and test != "validation" and (spec is None or spec.validation):
+        wanted.append("validation")
+    if spec is not None and spec.validation and "validation" not in wanted:
+        wanted.append("validation")
+    for split in wanted:
+        if split not in found:
+            raise DataError(f"no split {split!r} among {', '.join(sorted(found))}.")
+    return wanted[0], wanted[1], wanted[2] if len(wanted) == 3 else None

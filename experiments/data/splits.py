@@ -89,6 +89,7 @@ def assemble(
     validation: Source | None,
     validation_fraction: float,
     limit: int | None,
+    class_names: tuple[str, ...] = (),
 ) -> Dataset:
     """Splits, limits and only then decodes.
 
@@ -100,6 +101,7 @@ def assemble(
       validation: the data set's own validation examples, or ``None``.
       validation_fraction: the part of ``train`` to hold out, stratified.
       limit: the most examples in a split, or ``None``. What is held out does not depend on it.
+      class_names: of each label, where they are known.
 
     Raises:
       DataError: a split would be empty, or what is decoded is not a valid data set.
@@ -125,4 +127,5 @@ def assemble(
         validation=held,
         test=test.take(stratified_order(test.labels, test.keys)[:limit]),
         num_classes=num_classes,
+        class_names=class_names,
     )

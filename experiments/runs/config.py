@@ -30,7 +30,8 @@ class RunConfig:
 
     dataset: str = "digits"
     """Data set: mnist5k and digits are embedded; cifar10, cifar100, oxford_flowers102,
-    oxford_iiit_pet, cars196 and caltech_birds2011 are read as prepared by tensorflow-datasets."""
+    oxford_iiit_pet, cars196, caltech_birds2011 and any other image classification set are read as
+    prepared by tensorflow-datasets; folder and npz are your own images, at data-dir."""
 
     model: str = "resnet18"
     """Model: vgg_small, vgg11, vgg13, vgg16, vgg19, resnet18 or resnet34."""
@@ -94,7 +95,8 @@ class RunConfig:
     limit: int | None = None
     """Use at most this many training images."""
     data_dir: pathlib.Path | None = None
-    """Where tensorflow-datasets keeps its data."""
+    """Where tensorflow-datasets keeps its data; of folder the folder, which has one folder for each
+    class (in train, val and test, or split by content); of npz the file."""
 
     diagnose: bool = False
     """After each epoch, measure noise, heterogeneity and sign flips of each layer's gradient."""

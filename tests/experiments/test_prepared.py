@@ -76,9 +76,9 @@ def fill(features: dict, encoded: bytes, label: int) -> dict:
     """An example with every feature there is."""
     example = {}
     for key, feature in features.items():
-        if key == "image":
+        if key in ("image", "photo"):
             example[key] = encoded
-        elif key == "label":
+        elif key in ("label", "kind"):
             example[key] = label
         elif isinstance(feature, F.Image):
             example[key] = mask(3, 3)
@@ -419,3 +419,43 @@ def test_unlabelled_examples(tmp_path):
     good = examples_of("cifar10", "train", 20)
     prepare(tmp_path, "cifar10", {"train": good, "test": [(good[0][0], -1)]})
     fails("cifar10", tmp_path, "cifar10: the test split has label -1")
+
+
+def any_set(tmp_path: Path, features: dict, splits=("train", "test")) -> None:
+    """A data set that the library has never heard of."""
+    pictures = [picture(number, 20, 20) for number in range(24)]
+    rows = {
+        split: [(encode(pictures[12 * i + n], "PNG"), n % 3) for n in range(12)]
+        for i, split in enumerate(splits)
+    }
+    prepare(tmp_path, "flora", rows, features=features)
+
+
+def test_any_image_classification_set_is_read(tmp_path):
+    label = F.ClassLabel(names=["rose", "tulip", "daisy"])
+    any_set(tmp_path, {"photo": F.Image(), "kind": label})
+    data = load("flora", data_dir=tmp_path, image_size=8, validation_fraction=0.25)
+    assert (data.num_classes, data.class_names) == (3, ("rose", "tulip", "daisy"))
+    assert [len(part) for part in (data.train, data.validation, data.test)] == [9, 3, 12]
+    fails("fauna", tmp_path, "unknown data set 'fauna'; known: .* prepared in .*: flora")
+
+
+def test_a_set_without_a_test_split_is_tested_on_its_validation_split(tmp_path):
+    label = F.ClassLabel(num_classes=3)
+    any_set(tmp_path, {"image": F.Image(), "label": label}, ("train", "validation"))
+    data = load("flora", data_dir=tmp_path, image_size=8, validation_fraction=0.25)
+    assert [len(part) for part in (data.train, data.validation, data.test)] == [9, 3, 12]
+    assert data.class_names == ("0", "1", "2")
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        ({"one": F.Image(), "two": F.Image()}, "several features could be the image: one, two"),
+        ({"image": F.Image(), "rank": F.Text()}, "no feature 'label' among image, rank"),
+    ],
+)
+def test_a_set_that_is_no_image_classification_is_named(features, message, tmp_path):
+    label = {} if "rank" in features else {"label": F.ClassLabel(num_classes=3)}
+    any_set(tmp_path, {**features, **label})
+    fails("flora", tmp_path, message)
