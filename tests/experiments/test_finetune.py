@@ -236,8 +236,8 @@ def test_pretrained_checkpoints_start_a_finetuning(capsys):
     ],
 )
 def test_bad_options_are_named_before_anything_is_written(changes, error, message, tmp_path):
+    elsewhere = {"data_dir": tmp_path / "data"} if "dataset" in changes else {}
     with pytest.raises(error, match=message):
-        elsewhere = {"data_dir": tmp_path / "data"} if "dataset" in changes else {}
         main(tiny(**elsewhere, **changes))
     assert not pathlib.Path("run").exists()
 
