@@ -5,6 +5,7 @@ from fqt_jax import estimators as estimators
 from fqt_jax import samplers as samplers
 from fqt_jax import theory as theory
 from fqt_jax import training as training
+from fqt_jax import weights as weights
 from fqt_jax._versions import warn_of_defects as _warn_of_defects
 from fqt_jax.binarize import PackedBits as PackedBits
 from fqt_jax.binarize import binarize as binarize

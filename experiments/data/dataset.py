@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import pathlib
 from types import ModuleType
 
 import numpy as np
+
+from fqt_jax.weights import statistics
 
 
 class DataError(ValueError):
@@ -84,6 +87,7 @@ class Dataset:
       test: what is reported, and chosen by nobody.
       num_classes: labels lie in ``[0, num_classes)``.
       class_names: of each label, where the data set has them.
+      normalization: mean and deviation in place of those of the training split.
 
     Raises:
       DataError: a label is out of range, or the splits' images differ in shape.
@@ -106,6 +110,7 @@ class Dataset:
     test: Split
     num_classes: int
     class_names: tuple[str, ...] = ()
+    normalization: tuple[np.ndarray, np.ndarray] | None = None
 
     def __post_init__(self) -> None:
         for field in ("train", "validation", "test"):
@@ -132,13 +137,24 @@ class Dataset:
         """Channels of every image: 1 or 3."""
         return self.train.images.shape[3]
 
+    def normalized_for(self, weights: pathlib.Path) -> Dataset:
+        """The same images, normalized as those that weights in a file were trained on.
+
+        Raises:
+          DataError: the images have no colours.
+        """
+        if self.channels != 3:
+            raise DataError(f"{self.name} has grey images, and {weights} is of coloured ones.")
+        mean, std = (np.array(a, np.float32) * 255 for a in statistics(weights))
+        return dataclasses.replace(self, normalization=(mean, std))
+
     @functools.cached_property
     def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
-        return channel_statistics(self.train.images)
+        return self.normalization or channel_statistics(self.train.images)
 
     @property
     def mean(self) -> np.ndarray:
-        """Mean of each channel over the training split: float32 ``[C]``, on the scale 0 to 255."""
+        """Mean of each channel: float32 ``[C]``, on the scale 0 to 255."""
         return self._statistics[0]
 
     @property

@@ -244,7 +244,7 @@ def _given(config: RunConfig, names: tuple[str, ...]) -> dict[str, Any]:
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
-_PATHS = ("data_dir", "checkpoint", "cache")
+_PATHS = ("data_dir", "checkpoint", "weights", "cache")
 
 
 def config_from_json(config_type: type[ConfigT], values: dict[str, Any]) -> ConfigT:

@@ -24,6 +24,9 @@ class FinetuneConfig(RunConfig):
 
     checkpoint: pathlib.Path | None = None
     """Start from this: the folder of a run, or a checkpoint in it."""
+    weights: pathlib.Path | None = None
+    """Start from weights of this network that others trained: .safetensors, .pth or .h5, by the
+    names of torchvision, timm or Keras; images are normalized as those that they saw."""
     from_scratch: bool = False
     """Start from random values."""
     pretrain_epochs: int = 8
@@ -44,8 +47,9 @@ class FinetuneConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.checkpoint is not None and self.from_scratch:
-            raise cli.UserError("give either checkpoint or from-scratch.")
+        starts = (self.checkpoint is not None, self.weights is not None, self.from_scratch)
+        if sum(starts) > 1:
+            raise cli.UserError("give only one of checkpoint, weights and from-scratch.")
         if self.pretrain_epochs < 1:
             raise cli.UserError(f"pretrain_epochs must be at least 1; got {self.pretrain_epochs}.")
 
@@ -59,6 +63,8 @@ def main(config: FinetuneConfig) -> None:
             held.enter_context(folders.continuing(folder, "finetune"))
         else:
             folders.check_can_start(config)
+            if config.weights is not None and not config.weights.is_file():
+                raise cli.UserError(f"{config.weights} is not there.")
         dataset = tasks.load_dataset(config)
         config.check_batch(len(dataset.train))
         task = build_task(config, dataset, folder)
@@ -72,6 +78,9 @@ def main(config: FinetuneConfig) -> None:
 def build_task(config: FinetuneConfig, dataset: Dataset, folder: pathlib.Path | None) -> tasks.Task:
     """Builds the model, at its starting point unless the run in ``folder`` is to be continued."""
     resumable = folder is not None and latest_checkpoint(folder / "checkpoints") is not None
+    if config.weights is not None:
+        weights = None if resumable else config.weights
+        return tasks.build_task(config, dataset.normalized_for(config.weights), None, weights)
     start = None if resumable else starting_point(config, dataset)
     return tasks.build_task(config, dataset, start)
 

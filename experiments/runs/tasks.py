@@ -16,6 +16,7 @@ from fqt_jax.checkpoints import load_parameters
 from fqt_jax.convert import ConversionTable, quantize
 from fqt_jax.kernels import check_implementation
 from fqt_jax.models import create_model
+from fqt_jax.weights import load as load_weights
 
 _CALIBRATED = 256
 """Training images that thresholds start from."""
@@ -42,12 +43,18 @@ def load_dataset(config: RunConfig) -> Dataset:
     )
 
 
-def build_task(config: RunConfig, dataset: Dataset, checkpoint: pathlib.Path | None) -> Task:
-    """Builds the quantized model, from random values or from a checkpoint.
+def build_task(
+    config: RunConfig,
+    dataset: Dataset,
+    checkpoint: pathlib.Path | None,
+    weights: pathlib.Path | None = None,
+) -> Task:
+    """Builds the quantized model, from random values, a checkpoint, or weights of others.
 
     Raises:
       UserError, ValueError: an option does not fit.
       CheckpointError: the checkpoint is missing, damaged or of another model.
+      WeightsError: the weights are.
     """
     # Before the model, whose making takes seconds.
     check_implementation(config.implementation)
@@ -57,6 +64,12 @@ def build_task(config: RunConfig, dataset: Dataset, checkpoint: pathlib.Path | N
     if checkpoint is not None:
         fresh = load_parameters(checkpoint, float_model, new_head="head")
         start = f"{checkpoint}" + (" with a new head" if fresh else "")
+    if weights is not None:
+        loaded = load_weights(float_model, weights).table
+        counts = f"{len(loaded.loaded)} loaded, {len(loaded.new)} new, {len(loaded.unused)} unused"
+        start = f"{weights} ({counts})"
+        for name, why in loaded.new:
+            print(f"new: {name}: {why}")
     model, table = quantize(
         float_model,
         recipe,

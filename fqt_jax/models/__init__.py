@@ -10,6 +10,9 @@ from flax import nnx
 from fqt_jax.models.resnet import ResNet as ResNet
 from fqt_jax.models.resnet import ResNet18 as ResNet18
 from fqt_jax.models.resnet import ResNet34 as ResNet34
+from fqt_jax.models.torchvision import TORCH_MODELS as TORCH_MODELS
+from fqt_jax.models.torchvision import TorchResNet as TorchResNet
+from fqt_jax.models.torchvision import TorchVGG as TorchVGG
 from fqt_jax.models.vgg import VGG as VGG
 from fqt_jax.models.vgg import VGG11 as VGG11
 from fqt_jax.models.vgg import VGG13 as VGG13
@@ -25,8 +28,9 @@ MODELS: dict[str, Callable[..., Any]] = {
     "vgg19": VGG19,
     "resnet18": ResNet18,
     "resnet34": ResNet34,
+    **TORCH_MODELS,
 }
-"""The models by name."""
+"""The models by name. Those in the form of torchvision take its weights, and have ReLU."""
 
 
 def create_model(
@@ -45,7 +49,7 @@ def create_model(
       num_classes: size of the output.
       in_features: channels of the images.
       width: factor on the number of channels.
-      stem: of a ResNet, ``"small"`` or ``"imagenet"``; ignored by the VGGs, which have one form.
+      stem: of a ResNet, ``"small"`` or ``"imagenet"``; ignored by models that have one form.
       rngs: the stream ``params``.
 
     Raises:
@@ -60,7 +64,8 @@ def create_model(
     """
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; known models: {', '.join(MODELS)}.")
-    options: dict[str, Any] = {"stem": stem} if name.startswith("resnet") else {}
+    has_stem = name.startswith("resnet") and name not in TORCH_MODELS
+    options: dict[str, Any] = {"stem": stem} if has_stem else {}
     return MODELS[name](
         num_classes=num_classes, in_features=in_features, width=width, rngs=rngs, **options
     )

@@ -9,6 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+STEM_POOL = functools.partial(
+    nnx.max_pool, window_shape=(3, 3), strides=(2, 2), padding=((1, 1), (1, 1))
+)
+"""What follows the first convolution of a ResNet for large images."""
+
 
 def scaled(channels: int, width: float) -> int:
     """Number of channels at a width factor: at least 8, and a multiple of 8 unless ``width`` is 1.

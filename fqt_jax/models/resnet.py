@@ -10,12 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fqt_jax.models.common import avg_pooling, scaled
+from fqt_jax.models.common import STEM_POOL, avg_pooling, scaled
 from fqt_jax.sequential import Sequential
-
-_STEM_POOL = functools.partial(
-    nnx.max_pool, window_shape=(3, 3), strides=(2, 2), padding=((1, 1), (1, 1))
-)
 
 
 class ResNet(nnx.Module):
@@ -55,6 +51,7 @@ class ResNet(nnx.Module):
     ):
         if stem not in ("small", "imagenet"):
             raise ValueError(f"stem must be 'small' or 'imagenet'; got {stem!r}.")
+        self.depths = tuple(depths)
         channels = scaled(64, width)
         size, stride = (3, 1) if stem == "small" else (7, 2)
         layers: list[Any] = [
@@ -71,7 +68,7 @@ class ResNet(nnx.Module):
             nnx.PReLU(0.25),
         ]
         if stem == "imagenet":
-            layers.append(_STEM_POOL)
+            layers.append(STEM_POOL)
         self.stem = Sequential(*layers)
         self.blocks = nnx.List()
         for stage, depth in enumerate(depths):

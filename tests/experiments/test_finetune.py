@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -12,15 +13,19 @@ import time
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from experiments import cli, process
+from experiments import export as exporting
 from experiments.data import load
 from experiments.finetune import FinetuneConfig, main
 from experiments.pretrain import PretrainConfig
 from experiments.pretrain import main as pretrain
 from experiments.runs import locks, runner
 from experiments.runs.config import RunConfig
+from fqt_jax import export
 from fqt_jax.checkpoints import CheckpointError, latest_checkpoint, read_metadata
+from fqt_jax.models import MODELS, VGG
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -233,6 +238,7 @@ def test_pretrained_checkpoints_start_a_finetuning(capsys):
         ({"recipe": "full_precision", "diagnose": True}, cli.UserError, "diagnose needs a binary"),
         ({"dataset": "cifar10"}, ValueError, "cifar10"),
         ({"checkpoint": pathlib.Path("gone"), "from_scratch": False}, CheckpointError, "gone"),
+        ({"weights": pathlib.Path("w.pth"), "from_scratch": False}, cli.UserError, "w.pth is not"),
     ],
 )
 def test_bad_options_are_named_before_anything_is_written(changes, error, message, tmp_path):
@@ -258,7 +264,7 @@ def test_a_batch_that_is_too_large_is_named_before_pretraining(capsys):
         ({"width": 0.0}, "width must be positive"),
         ({"seed": -1}, "seed must be from 0"),
         ({"resume": pathlib.Path("x")}, "either out"),
-        ({"checkpoint": pathlib.Path("x")}, "either checkpoint or from-scratch"),
+        ({"checkpoint": pathlib.Path("x")}, "only one of checkpoint, weights and from-scratch"),
         ({"pretrain_epochs": 0}, "pretrain_epochs must be at least 1"),
     ],
 )
@@ -333,3 +339,40 @@ def test_the_command_line_gives_one_line_and_a_status(arguments, message, tmp_pa
     assert result.stderr.startswith("error: ")
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_weights_of_others_start_a_run_and_normalize_its_images(capsys, monkeypatch):
+    """A VGG in PyTorch's form, on colour images of a user's own, through resume and export."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (80, 8, 8, 3), dtype=np.uint8)
+    np.savez("mine.npz", images=images, labels=np.arange(80) % 4)
+    kernels = {"features.0": (16, 3, 3, 3), "features.3": (16, 16, 3, 3)}
+    state = {f"{k}.weight": rng.normal(size=v).astype(np.float32) for k, v in kernels.items()}
+    state["classifier.6.weight"] = np.zeros((9, 9), np.float32)
+    for place in (1, 4):
+        for field in ("weight", "bias", "running_mean", "running_var"):
+            state[f"features.{place}.{field}"] = rng.uniform(0.5, 2, 16).astype(np.float32)
+    safetensors.numpy.save_file(state, "w.safetensors")
+    options = {
+        "dataset": "npz",
+        "data_dir": pathlib.Path("mine.npz"),
+        "from_scratch": False,
+        "weights": pathlib.Path("w.safetensors"),
+        "width": 1,
+        "limit": None,
+        "batch_size": 16,
+    }
+    monkeypatch.setitem(MODELS, "vgg_small", functools.partial(VGG, ((16, 16),)))
+    main(tiny(epochs=1, **options))
+    printed = capsys.readouterr().out
+    assert "w.safetensors (10 loaded, " in printed
+    assert "new: head: classifier.6.weight is [9, 9], not [4, 16]" in printed
+    exporting.main(exporting.ExportConfig(pathlib.Path("run"), pathlib.Path("m.safetensors")))
+    about = export.describe("m.safetensors")
+    np.testing.assert_allclose(about["mean"], np.array([0.485, 0.456, 0.406]) * 255, rtol=1e-6)
+
+
+def test_grey_images_do_not_go_with_weights_of_coloured_ones():
+    pathlib.Path("w.safetensors").touch()
+    with pytest.raises(ValueError, match=r"digits has grey images, and w.safetensors is of col"):
+        main(tiny(from_scratch=False, weights=pathlib.Path("w.safetensors")))
