@@ -56,7 +56,7 @@ def main(config: ExportConfig) -> None:
         raise cli.UserError(f"{config.run} is in full precision: it has no signs to pack.")
     dataset = tasks.load_dataset(options)
     if isinstance(options, FinetuneConfig) and options.weights is not None:
-        dataset = dataset.normalized_for(options.weights)
+        dataset = tasks.normalized_for(dataset, options.weights)
     model = tasks.build_task(options, dataset, None).model
     load_parameters(checkpoint, model)
     model.eval()

@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import pathlib
+from collections.abc import Sequence
 from types import ModuleType
 
 import numpy as np
-
-from fqt_jax.weights import statistics
 
 
 class DataError(ValueError):
@@ -137,16 +135,12 @@ class Dataset:
         """Channels of every image: 1 or 3."""
         return self.train.images.shape[3]
 
-    def normalized_for(self, weights: pathlib.Path) -> Dataset:
-        """The same images, normalized as those that weights in a file were trained on.
-
-        Raises:
-          DataError: the images have no colours.
-        """
-        if self.channels != 3:
-            raise DataError(f"{self.name} has grey images, and {weights} is of coloured ones.")
-        mean, std = (np.array(a, np.float32) * 255 for a in statistics(weights))
-        return dataclasses.replace(self, normalization=(mean, std))
+    def normalized(self, mean: Sequence[float], std: Sequence[float]) -> Dataset:
+        """The same images, normalized by other statistics: of each channel, on the scale 0 to 1."""
+        return dataclasses.replace(
+            self,
+            normalization=(np.array(mean, np.float32) * 255, np.array(std, np.float32) * 255),
+        )
 
     @functools.cached_property
     def _statistics(self) -> tuple[np.ndarray, np.ndarray]:

@@ -80,7 +80,8 @@ def build_task(config: FinetuneConfig, dataset: Dataset, folder: pathlib.Path | 
     resumable = folder is not None and latest_checkpoint(folder / "checkpoints") is not None
     if config.weights is not None:
         weights = None if resumable else config.weights
-        return tasks.build_task(config, dataset.normalized_for(config.weights), None, weights)
+        dataset = tasks.normalized_for(dataset, config.weights)
+        return tasks.build_task(config, dataset, None, weights)
     start = None if resumable else starting_point(config, dataset)
     return tasks.build_task(config, dataset, start)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from flax import nnx
 
-from experiments.data import Dataset, load
+from experiments.data import DataError, Dataset, load
 from experiments.data.augment import normalize
 from experiments.runs.config import RunConfig
 from fqt_jax.calibration import calibrate
@@ -17,6 +17,7 @@ from fqt_jax.convert import ConversionTable, quantize
 from fqt_jax.kernels import check_implementation
 from fqt_jax.models import create_model
 from fqt_jax.weights import load as load_weights
+from fqt_jax.weights import statistics
 
 _CALIBRATED = 256
 """Training images that thresholds start from."""
@@ -41,6 +42,17 @@ def load_dataset(config: RunConfig) -> Dataset:
         data_dir=config.data_dir,
         limit=config.limit,
     )
+
+
+def normalized_for(dataset: Dataset, weights: pathlib.Path) -> Dataset:
+    """The same images, normalized as those that weights in a file were trained on.
+
+    Raises:
+      DataError: the images have no colours.
+    """
+    if dataset.channels != 3:
+        raise DataError(f"{dataset.name} has grey images, and {weights} is of coloured ones.")
+    return dataset.normalized(*statistics(weights))
 
 
 def build_task(
