@@ -52,7 +52,8 @@ class EstimatorsConfig(RunConfig):
     dataset: str = "mnist5k"
     """Data set, as for experiments.finetune."""
     model: str = "vgg_small"
-    """Model: vgg_small, vgg11, vgg13, vgg16, vgg19, resnet18 or resnet34."""
+    """Model: vgg_small, vgg11, vgg13, vgg16, vgg19, resnet18, resnet34, resnet50, mobilenet; or of
+    torchvision's form with ReLU: resnet18_torch, vgg16_torch, vgg16_bn_torch and the like."""
     width: float = 0.5
     """Factor on the model's number of channels."""
     recipe: str = "qat"

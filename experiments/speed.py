@@ -26,7 +26,7 @@ from experiments.bench.measure import in_process
 from experiments.bench.steps import say
 from experiments.cli import UserError
 from experiments.show.style import FORMATS
-from fqt_jax.models import MODELS
+from fqt_jax.models import MODELS, TORCH_MODELS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class SpeedConfig:
     """What is measured."""
 
     model: str = "vgg16"
-    """Model: vgg_small, vgg11, vgg13, vgg16, vgg19, resnet18 or resnet34."""
+    """Model: vgg_small, vgg11, vgg13, vgg16, vgg19, resnet18, resnet34, resnet50 or mobilenet."""
     width: float = 1.0
     """Factor on the model's number of channels."""
     batch_size: int = 128
@@ -77,8 +77,9 @@ class SpeedConfig:
     """Draw the steps' times to this file."""
 
     def __post_init__(self) -> None:
-        if self.model not in MODELS:
-            raise UserError(f"unknown model {self.model!r}; known models: {', '.join(MODELS)}.")
+        models = [name for name in MODELS if name not in TORCH_MODELS]
+        if self.model not in models:
+            raise UserError(f"unknown model {self.model!r}; known models: {', '.join(models)}.")
         for name in self.recipes:
             if name not in SPEED_RECIPES:
                 known = ", ".join(SPEED_RECIPES)

@@ -28,6 +28,10 @@ def shapes(name: str, **options) -> list[tuple[int, ...]]:
     [
         ("resnet18", 11_689_512 - 9_600),
         ("resnet34", 21_797_672 - 17_024),
+        # torchvision's resnet50 has 25,557,032 parameters, of which 53,120 are batch norm's.
+        ("resnet50", 25_557_032 - 53_120),
+        # Keras' MobileNet has 4,253,864, of which 43,776 are batch norm's, statistics included.
+        ("mobilenet", 4_253_864 - 43_776),
         ("vgg11", 9_217_728 + 512 * 1000 + 1000),
         ("vgg13", 9_402_048 + 512 * 1000 + 1000),
         ("vgg16", 14_710_464 + 512 * 1000 + 1000),
@@ -39,7 +43,7 @@ def test_parameter_counts_are_those_of_the_published_architectures(name, expecte
     kernels = sum(math.prod(s) for s in found if len(s) in (2, 4))
     assert kernels + 1000 == expected
     norms_and_slopes = sum(math.prod(s) for s in found if len(s) < 2) - 1000
-    assert 0 < norms_and_slopes < 0.002 * expected
+    assert 0 < norms_and_slopes < 0.006 * expected
 
 
 @pytest.mark.parametrize("name", MODELS)

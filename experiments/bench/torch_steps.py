@@ -18,7 +18,17 @@ VGG_STAGES: dict[str, Sequence[Sequence[int]]] = {
     "vgg16": ((64,) * 2, (128,) * 2, (256,) * 3, (512,) * 3, (512,) * 3),
     "vgg19": ((64,) * 2, (128,) * 2, (256,) * 4, (512,) * 4, (512,) * 4),
 }
-RESNET_DEPTHS: dict[str, Sequence[int]] = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
+RESNET_DEPTHS: dict[str, Sequence[int]] = {
+    "resnet18": (2, 2, 2, 2),
+    "resnet34": (3, 4, 6, 3),
+    "resnet50": (3, 4, 6, 3),
+}
+
+MOBILENET_BLOCKS = (
+    *((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2)),
+    *[(512, 1)] * 5,
+    *((1024, 2), (1024, 1)),
+)
 
 
 def missing() -> str | None:
@@ -108,13 +118,16 @@ def create_torch_model(setting: Setting) -> Any:
     """
     if setting.model in VGG_STAGES:
         return _vgg(VGG_STAGES[setting.model], setting)
+    if setting.model == "mobilenet":
+        return _mobilenet(setting)
     return _resnet(RESNET_DEPTHS[setting.model], setting)
 
 
-def _conv(inputs: int, outputs: int, size: int, stride: int = 1) -> Any:
+def _conv(inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1) -> Any:
     from torch import nn
 
-    return nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
+    padding = size // 2
+    return nn.Conv2d(inputs, outputs, size, stride, padding, groups=groups, bias=False)
 
 
 def _vgg(stages: Sequence[Sequence[int]], setting: Setting) -> Any:
@@ -143,17 +156,24 @@ def _vgg(stages: Sequence[Sequence[int]], setting: Setting) -> Any:
 def _resnet(depths: Sequence[int], setting: Setting) -> Any:
     from torch import nn
 
+    is_bottleneck = setting.model == "resnet50"
+
     class Block(nn.Module):
-        def __init__(self, inputs: int, outputs: int, stride: int):
+        def __init__(self, inputs: int, features: int, stride: int):
             super().__init__()
-            self.body = nn.Sequential(
-                nn.BatchNorm2d(inputs),
-                _conv(inputs, outputs, 3, stride),
-                nn.PReLU(),
-                nn.BatchNorm2d(outputs),
-                _conv(outputs, outputs, 3),
-                nn.PReLU(),
-            )
+            outputs = 4 * features if is_bottleneck else features
+            if is_bottleneck:
+                convs = [
+                    _conv(inputs, features, 1),
+                    _conv(features, features, 3, stride),
+                    _conv(features, outputs, 1),
+                ]
+            else:
+                convs = [_conv(inputs, features, 3, stride), _conv(features, features, 3)]
+            body: list[Any] = []
+            for conv in convs:
+                body += [nn.BatchNorm2d(conv.in_channels), conv, nn.PReLU()]
+            self.body = nn.Sequential(*body)
             shortcut: list[Any] = []
             if stride > 1:
                 pool = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False)
@@ -180,10 +200,10 @@ def _resnet(depths: Sequence[int], setting: Setting) -> Any:
             self.stem = nn.Sequential(*stem)
             self.blocks = nn.ModuleList()
             for stage, depth in enumerate(depths):
-                outputs = scaled(64 * 2**stage, setting.width)
+                features = scaled(64 * 2**stage, setting.width)
                 for i in range(depth):
-                    self.blocks.append(Block(channels, outputs, 2 if stage and not i else 1))
-                    channels = outputs
+                    self.blocks.append(Block(channels, features, 2 if stage and not i else 1))
+                    channels = 4 * features if is_bottleneck else features
             self.head = nn.Linear(channels, setting.num_classes)
 
         def forward(self, x: Any) -> Any:
@@ -193,3 +213,43 @@ def _resnet(depths: Sequence[int], setting: Setting) -> Any:
             return self.head(x.mean((2, 3)))
 
     return ResNet()
+
+
+def _mobilenet(setting: Setting) -> Any:
+    import torch
+    from torch import nn
+
+    class Block(nn.Module):
+        def __init__(self, inputs: int, outputs: int, stride: int):
+            super().__init__()
+            depthwise = _conv(inputs, inputs, 3, stride, groups=inputs)
+            self.depthwise = nn.Sequential(nn.BatchNorm2d(inputs), depthwise, nn.PReLU())
+            self.pool = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False)
+            pointwise = _conv(inputs, outputs, 1)
+            self.pointwise = nn.Sequential(nn.BatchNorm2d(inputs), pointwise, nn.PReLU())
+            self.copies, self.outputs = -(-outputs // inputs), outputs
+
+        def forward(self, x: Any) -> Any:
+            x = self.depthwise(x) + self.pool(x)
+            return self.pointwise(x) + torch.cat([x] * self.copies, 1)[:, : self.outputs]
+
+    class MobileNet(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            channels = scaled(32, setting.width)
+            conv = _conv(setting.in_features, channels, 3, 2 if setting.stem == "imagenet" else 1)
+            self.stem = nn.Sequential(conv, nn.BatchNorm2d(channels), nn.PReLU())
+            self.blocks = nn.ModuleList()
+            for features, stride in MOBILENET_BLOCKS:
+                outputs = scaled(features, setting.width)
+                self.blocks.append(Block(channels, outputs, stride))
+                channels = outputs
+            self.head = nn.Linear(channels, setting.num_classes)
+
+        def forward(self, x: Any) -> Any:
+            x = self.stem(x)
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x.mean((2, 3)))
+
+    return MobileNet()

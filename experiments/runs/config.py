@@ -34,7 +34,8 @@ class RunConfig:
     prepared by tensorflow-datasets; folder and npz are your own images, at data-dir."""
 
     model: str = "resnet18"
-    """Model: vgg_small, vgg11, vgg13, vgg16, vgg19, resnet18 or resnet34."""
+    """Model: vgg_small, vgg11, vgg13, vgg16, vgg19, resnet18, resnet34, resnet50, mobilenet; or of
+    torchvision's form with ReLU: resnet18_torch, vgg16_torch, vgg16_bn_torch and the like."""
     width: float = 0.25
     """Factor on the model's number of channels."""
     stem: Literal["auto", "small", "imagenet"] = "auto"

@@ -7,9 +7,11 @@ from typing import Any
 
 from flax import nnx
 
+from fqt_jax.models.mobilenet import MobileNet as MobileNet
 from fqt_jax.models.resnet import ResNet as ResNet
 from fqt_jax.models.resnet import ResNet18 as ResNet18
 from fqt_jax.models.resnet import ResNet34 as ResNet34
+from fqt_jax.models.resnet import ResNet50 as ResNet50
 from fqt_jax.models.torchvision import TORCH_MODELS as TORCH_MODELS
 from fqt_jax.models.torchvision import TorchResNet as TorchResNet
 from fqt_jax.models.torchvision import TorchVGG as TorchVGG
@@ -28,9 +30,16 @@ MODELS: dict[str, Callable[..., Any]] = {
     "vgg19": VGG19,
     "resnet18": ResNet18,
     "resnet34": ResNet34,
+    "resnet50": ResNet50,
+    "mobilenet": MobileNet,
     **TORCH_MODELS,
 }
 """The models by name. Those in the form of torchvision take its weights, and have ReLU."""
+
+
+def has_stem(name: str) -> bool:
+    """Whether a model has one stem for small images and one for those of ImageNet's size."""
+    return name.startswith(("resnet", "mobilenet")) and name not in TORCH_MODELS
 
 
 def create_model(
@@ -49,7 +58,8 @@ def create_model(
       num_classes: size of the output.
       in_features: channels of the images.
       width: factor on the number of channels.
-      stem: of a ResNet, ``"small"`` or ``"imagenet"``; ignored by models that have one form.
+      stem: of a ResNet or MobileNet, ``"small"`` or ``"imagenet"``; ignored by models that have
+        one form.
       rngs: the stream ``params``.
 
     Raises:
@@ -64,8 +74,7 @@ def create_model(
     """
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; known models: {', '.join(MODELS)}.")
-    has_stem = name.startswith("resnet") and name not in TORCH_MODELS
-    options: dict[str, Any] = {"stem": stem} if has_stem else {}
+    options: dict[str, Any] = {"stem": stem} if has_stem(name) else {}
     return MODELS[name](
         num_classes=num_classes, in_features=in_features, width=width, rngs=rngs, **options
     )

@@ -17,12 +17,13 @@ from fqt_jax.sequential import Sequential
 class ResNet(nnx.Module):
     """Residual blocks in which each convolution sees normalized input and a PReLU follows it.
 
-    A block computes ``prelu(conv(norm(.)))`` twice and adds the shortcut: the identity, or
-    average pooling, a 1x1 convolution and a norm where the shape changes. Normalizing before the
-    sign centres it, and the shortcut carries real values past it.
+    A block computes ``prelu(conv(norm(.)))`` twice, or three times in a bottleneck, and adds the
+    shortcut: the identity, or average pooling, a 1x1 convolution and a norm where the shape
+    changes. Normalizing before the sign centres it, and the shortcut carries real values past it.
 
     Args:
       depths: number of blocks in each stage.
+      bottleneck: whether a block is 1x1, 3x3, 1x1 with four times the channels at its end.
       num_classes: size of the output.
       in_features: channels of the images.
       width: factor on the number of channels; 64, 128, 256, 512 at 1.
@@ -43,6 +44,7 @@ class ResNet(nnx.Module):
         self,
         depths: Sequence[int],
         *,
+        bottleneck: bool = False,
         num_classes: int,
         in_features: int = 3,
         width: float = 1.0,
@@ -72,11 +74,12 @@ class ResNet(nnx.Module):
         self.stem = Sequential(*layers)
         self.blocks = nnx.List()
         for stage, depth in enumerate(depths):
-            out_features = scaled(64 * 2**stage, width)
+            features = scaled(64 * 2**stage, width)
             for i in range(depth):
                 block_stride = 2 if stage > 0 and i == 0 else 1
-                self.blocks.append(_Block(channels, out_features, block_stride, rngs=rngs))
-                channels = out_features
+                block = _Block(channels, features, block_stride, bottleneck, rngs=rngs)
+                self.blocks.append(block)
+                channels = block.out_features
         self.head = nnx.Linear(channels, num_classes, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -88,35 +91,34 @@ class ResNet(nnx.Module):
 
 
 class _Block(nnx.Module):
-    def __init__(self, in_features: int, out_features: int, stride: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self, in_features: int, features: int, stride: int, bottleneck: bool, *, rngs: nnx.Rngs
+    ):
+        self.out_features = 4 * features if bottleneck else features
+
         def norm(features: int) -> nnx.BatchNorm:
             return nnx.BatchNorm(features, momentum=0.9, rngs=rngs)
 
-        def conv(inputs: int, size: int, strides: int = 1) -> nnx.Conv:
+        def conv(inputs: int, outputs: int, size: int, strides: int = 1) -> nnx.Conv:
             padding = size // 2
             return nnx.Conv(
-                inputs,
-                out_features,
-                (size, size),
-                strides,
-                padding=padding,
-                use_bias=False,
-                rngs=rngs,
+                inputs, outputs, (size, size), strides, padding=padding, use_bias=False, rngs=rngs
             )
 
-        self.body = Sequential(
-            norm(in_features),
-            conv(in_features, 3, stride),
-            nnx.PReLU(0.25),
-            norm(out_features),
-            conv(out_features, 3),
-            nnx.PReLU(0.25),
-        )
+        if bottleneck:
+            sizes = [(in_features, 1, 1), (features, 3, stride), (features, 1, 1)]
+        else:
+            sizes = [(in_features, 3, stride), (features, 3, 1)]
+        body: list[Any] = []
+        for i, (inputs, size, strides) in enumerate(sizes):
+            outputs = self.out_features if i == len(sizes) - 1 else features
+            body += [norm(inputs), conv(inputs, outputs, size, strides), nnx.PReLU(0.25)]
+        self.body = Sequential(*body)
         shortcut: list[Any] = []
         if stride > 1:
             shortcut.append(avg_pooling(stride))
-        if stride > 1 or in_features != out_features:
-            shortcut += [conv(in_features, 1), norm(out_features)]
+        if stride > 1 or in_features != self.out_features:
+            shortcut += [conv(in_features, self.out_features, 1), norm(self.out_features)]
         self.shortcut = Sequential(*shortcut)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -125,3 +127,4 @@ class _Block(nnx.Module):
 
 ResNet18 = functools.partial(ResNet, (2, 2, 2, 2))
 ResNet34 = functools.partial(ResNet, (3, 4, 6, 3))
+ResNet50 = functools.partial(ResNet, (3, 4, 6, 3), bottleneck=True)

@@ -322,7 +322,7 @@ def test_an_unwritable_path_is_found_before_measuring(monkeypatch, tmp_path):
             speed.main(config)
 
 
-@pytest.mark.parametrize("name", ["vgg16", "resnet18"])
+@pytest.mark.parametrize("name", ["vgg16", "resnet18", "resnet50", "mobilenet"])
 def test_the_torch_model_has_as_many_parameters(name):
     pytest.importorskip("torch")
     from experiments.bench.torch_steps import create_torch_model
@@ -336,7 +336,10 @@ def test_the_torch_model_has_as_many_parameters(name):
     assert mine == sum(p.numel() for p in create_torch_model(setting).parameters())
 
 
-@pytest.mark.parametrize(("name", "size"), [("vgg_small", 17), ("resnet18", 16), ("resnet18", 97)])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("vgg_small", 17), ("resnet18", 16), ("resnet18", 97), ("resnet50", 17), ("mobilenet", 33)],
+)
 def test_the_torch_model_computes_the_same(name, size):
     torch = pytest.importorskip("torch")
     from experiments.bench.torch_steps import create_torch_model
