@@ -13,7 +13,7 @@ recipes, as recipe/implementation.
 from __future__ import annotations
 
 import dataclasses
-import json
+import errno
 import os
 import pathlib
 from typing import Any
@@ -25,6 +25,7 @@ from experiments.bench.contenders import PHASES, SPEED_RECIPES, Setting
 from experiments.bench.measure import in_process
 from experiments.bench.steps import say
 from experiments.cli import UserError
+from experiments.runs.folders import write_json
 from experiments.show.style import FORMATS
 from fqt_jax.models import MODELS, TORCH_MODELS
 
@@ -135,7 +136,7 @@ def main(config: SpeedConfig) -> None:
     """Runs the experiment."""
     for path in (config.json, config.plot):
         if path is not None:
-            path.open("a").close()
+            _check_writable(path)
     options = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("json", "plot")}
     report: dict[str, Any] = {"options": options, "runs": [], "layers": [], "check": []}
     if config.check:
@@ -153,11 +154,22 @@ def main(config: SpeedConfig) -> None:
             report["runs"].append(run)
     print(speed_report.tables(report, config.setting()))
     if config.json is not None:
-        config.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(config.json, report)
     if config.plot is not None:
         speed_report.plot(report["runs"], config.setting(), config.plot)
     if not all(line["ok"] for run in report["check"] for line in run["check"]):
         raise SystemExit(1)
+
+
+def _check_writable(path: pathlib.Path) -> None:
+    """Raises what writing the file would raise, and leaves nothing behind."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists():
+        path.open("a").close()
+        return
+    path.open("x").close()
+    path.unlink()
 
 
 if __name__ == "__main__":

@@ -322,6 +322,20 @@ def test_an_unwritable_path_is_found_before_measuring(monkeypatch, tmp_path):
             speed.main(config)
 
 
+def test_a_file_is_whole_or_as_it_was(monkeypatch, tmp_path):
+    def fails(request):
+        raise UserError("unknown contender")
+
+    monkeypatch.setattr(speed, "in_process", fails)
+    old = tmp_path / "old.json"
+    old.write_text("{}")
+    for path in (old, tmp_path / "new.json"):
+        with pytest.raises(UserError):
+            speed.main(speed.SpeedConfig(json=path))
+    assert old.read_text() == "{}"
+    assert list(tmp_path.iterdir()) == [old]
+
+
 @pytest.mark.parametrize("name", ["vgg16", "resnet18", "resnet50", "mobilenet"])
 def test_the_torch_model_has_as_many_parameters(name):
     pytest.importorskip("torch")
