@@ -19,9 +19,10 @@ from flax import nnx
 from experiments import cli
 from experiments.data.augment import normalize
 from experiments.runs import exporting, folders, tasks
-from experiments.runs.config import RunConfig, config_from_json
+from experiments.runs.config import RunConfig
 from experiments.runs.finetuning import FinetuneConfig
 from experiments.runs.pretraining import PretrainConfig
+from experiments.runs.saved_config import config_from_json
 from fqt_jax import export
 from fqt_jax.checkpoints import load_parameters, read_metadata
 

@@ -135,7 +135,11 @@ def starting(config: RunConfig, kind: str) -> Iterator[pathlib.Path]:
 
 
 def checkpoint_at(path: pathlib.Path) -> pathlib.Path:
-    """The latest checkpoint of the run in a folder, or else the path itself."""
+    """The checkpoint of the run in a folder that was tested, else the latest, else the path."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        tested = json.loads((path / "summary.json").read_text())["checkpoint"]
+        if (path / "checkpoints" / tested).is_dir():
+            return path / "checkpoints" / tested
     return latest_checkpoint(path / "checkpoints") or path
 
 

@@ -6,7 +6,8 @@ import contextlib
 import dataclasses
 
 from experiments.runs import folders, reporting, runner, tasks
-from experiments.runs.config import RunConfig, read_config
+from experiments.runs.config import RunConfig
+from experiments.runs.saved_config import read_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,7 @@ def main(config: PretrainConfig) -> None:
             held.enter_context(folders.continuing(folder, "pretrain"))
         else:
             folders.check_can_start(config)
+        tasks.check_freeze(config)
         dataset = tasks.load_dataset(config)
         config.check_batch(len(dataset.train))
         task = tasks.build_task(config, dataset, None)

@@ -15,7 +15,7 @@ from fqt_jax.text import format_table
 
 
 class Progress:
-    """A progress bar on a terminal; elsewhere only the plain line that ends each epoch."""
+    """A plain line at the end of each epoch, and on a terminal a progress bar below them."""
 
     def __init__(self, total_steps: int):
         self._total = total_steps
@@ -63,7 +63,7 @@ class Progress:
         if self._bar is not None and self._task is not None:
             accuracy = f"{line['validation_accuracy']:.1%}"
             self._bar.update(self._task, completed=line["step"], accuracy=accuracy)
-            return
+        # On a terminal it appears above the bar, which takes over the standard output.
         print(
             f"epoch {line['epoch']}/{epochs}: loss {line['train_loss']:.4f}, "
             f"training accuracy {line['train_accuracy']:.1%}, "
@@ -94,6 +94,10 @@ def print_summary(summary: dict[str, Any], folder: pathlib.Path) -> None:
     """Prints what a run came to."""
     found = {name: summary[name] for name in ("dataset", "model")} | {"recipe": summary["variant"]}
     found |= {name: summary[name] for name in ("optimizer", "start", "epochs")}
+    if summary.get("stopped"):
+        found["stopped"] = summary["stopped"]
+    if summary.get("tested_epoch", summary["epochs"]) != summary["epochs"]:
+        found["tested"] = f"epoch {summary['tested_epoch']}, the best by validation accuracy"
     found["parameters"] = f"{summary['parameters']:,}"
     found["validation accuracy"] = f"{summary['validation_accuracy']:.2%}"
     found["test accuracy"] = f"{summary['test_accuracy']:.2%} of {summary['test_images']} images"

@@ -24,6 +24,7 @@ from experiments.runs import reporting
 from experiments.runs.checkpoints import RunCheckpoints
 from experiments.runs.config import RunConfig
 from experiments.runs.diagnosis import Diagnosis
+from experiments.runs.divergence import origin
 from experiments.runs.folders import write_json, write_text
 from experiments.runs.steps import (
     METRICS,
@@ -32,12 +33,16 @@ from experiments.runs.steps import (
     build_train_step,
     evaluate,
     on_device,
+    training_images,
 )
+from experiments.runs.stopping import best_epoch, reason_to_stop
 from experiments.runs.summaries import read_summary, summarize
 from experiments.runs.tasks import Task, augmentation
+from fqt_jax.averaging import averaged_parameters
+from fqt_jax.batches import take
 from fqt_jax.checkpoints import nonfinite_arrays, read_metadata, restore_checkpoint
 from fqt_jax.steps import GatheredEvalStep, GatheredTrainStep
-from fqt_jax.training import create_state, reset_metrics
+from fqt_jax.training import TrainState, create_state, reset_metrics
 
 _IN_FLIGHT = 4
 """Steps dispatched ahead of the device, so that it never waits, nor the user after Ctrl-C."""
@@ -72,10 +77,12 @@ def train(
 
     Writes to the folder after each epoch: a checkpoint, a line of ``metrics.jsonl``, and the
     picture of the curves, with ``diagnose`` also ``diagnosis.png``; at the end ``summary.json``,
-    with the accuracy on the test split, which nothing is chosen by.
+    with the accuracy on the test split, which nothing is chosen by. With ``patience`` the run may
+    stop early, and what is tested is its best epoch.
 
-    The last two checkpoints are kept. A state that is not finite is never saved. Where the last
-    checkpoint is damaged, the run goes on from the one before, and says so.
+    The last two checkpoints are kept, and that of the best epoch. A state that is not finite is
+    never saved. Where the last checkpoint is damaged, the run goes on from the one before, and says
+    so.
 
     Args:
       config: the options.
@@ -83,7 +90,8 @@ def train(
       folder: the run's folder; it exists.
       kind: name of the experiment, for messages.
       shared: the steps that other runs of this process compiled; this run's are added.
-      save_seconds: least time between checkpoints; 0 for one each epoch.
+      save_seconds: least time between checkpoints; 0 for one each epoch. With it, a run that
+        diverges does not look for the layer where that began.
 
     Returns:
       The summary.
@@ -138,9 +146,8 @@ class _Run:
         if program not in shared:
             shared[program] = _steps(config, task, graphdef, self.total_steps)
         self.steps = shared[program]
-        _, state = create_state(task.model, self.steps.optimizer, METRICS)
-        opt_state = config.build_optimizer().set_rates(state.opt_state)
-        self.state = dataclasses.replace(state, opt_state=opt_state)
+        self.graphdef = graphdef
+        self.state = state = self._beginning()
         self.key = jax.random.key(config.seed)
         self.start = task.start
         self.history: list[dict[str, Any]] = []
@@ -149,6 +156,11 @@ class _Run:
         self.saved_at = time.perf_counter()
         self.compiled = False
         self.diagnosis = Diagnosis(config, dataset, graphdef, state) if config.diagnose else None
+
+    def _beginning(self) -> TrainState:
+        _, state = create_state(self.task.model, self.steps.optimizer, METRICS)
+        opt_state = self.config.build_optimizer().set_rates(state.opt_state)
+        return dataclasses.replace(state, opt_state=opt_state)
 
     def go(self) -> dict[str, Any]:
         summary_path = self.folder / "summary.json"
@@ -164,18 +176,28 @@ class _Run:
         began = time.perf_counter()
         with StopOnSignal() as stop, reporting.Progress(self.total_steps) as progress:
             for epoch in range(int(self.state.step) // self.steps_per_epoch, self.config.epochs):
+                if reason_to_stop(self.history, self.config.patience):
+                    break
                 self._train_epoch(epoch, train_data, stop, progress)
                 self._end_epoch(epoch, validation_data, progress)
                 if stop.requested:
                     self._save_and_stop(epoch)
+        stopped = reason_to_stop(self.history, self.config.patience)
+        if len(self.history) == self.config.epochs:
+            stopped = None
+        elif stopped:
+            print(f"stopped early, {stopped}")
+        steps = int(self.state.step)
+        chosen = self._choose()
         summary = summarize(
             self.config,
             self.task,
             self.state.params,
             experiment=self.kind,
             start=self.start,
-            steps=self.total_steps,
-            last=self.history[-1],
+            steps=steps,
+            chosen=chosen,
+            stopped=stopped,
             test=self._evaluate(on_device(dataset.test)),
             step_seconds=self.step_seconds,
             seconds=time.perf_counter() - began,
@@ -184,17 +206,30 @@ class _Run:
         reporting.plot_curves(self.history, summary, self.folder / "curves.png")
         return summary
 
-    def _train_epoch(
-        self, epoch: int, data: Data, stop: StopOnSignal, progress: reporting.Progress
-    ) -> None:
+    def _choose(self) -> dict[str, Any]:
+        """The epoch that is tested, whose state is then the run's: the last, or the best."""
+        if self.config.patience is None:
+            return self.history[-1]
+        best = best_epoch(self.history)
+        if best["step"] != int(self.state.step):
+            self.state = restore_checkpoint(self.checkpoints.at(best["step"]), self.state)
+        return best
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The images of each step of an epoch."""
         labels = self.task.dataset.train.labels
-        order = epoch_order(
+        return epoch_order(
             len(labels),
             self.config.batch_size,
             self.config.seed,
             epoch,
             labels=labels if self.config.stratify else None,
         )
+
+    def _train_epoch(
+        self, epoch: int, data: Data, stop: StopOnSignal, progress: reporting.Progress
+    ) -> None:
+        order = self._order(epoch)
         in_flight: collections.deque[tuple[int, jax.Array]] = collections.deque()
         finished: list[float] = []
 
@@ -203,7 +238,8 @@ class _Run:
             value = float(loss)
             finished.append(time.perf_counter())
             if not math.isfinite(value):
-                raise self._diverged(f"the loss became {value} at step {step}", epoch)
+                where = self._where(step, data)
+                raise self._diverged(f"the loss became {value} at step {step}{where}", epoch)
             progress.step(step, epoch, value, self.config.batch_size)
 
         progress.count_from_here()
@@ -219,10 +255,13 @@ class _Run:
             elif len(in_flight) > _IN_FLIGHT:
                 # The loss of a step long dispatched: the device is not kept waiting for it.
                 wait()
-            if stop.requested and i + 1 < self.steps_per_epoch:
+            if i + 1 < self.steps_per_epoch and (stop.requested or self._minutes_are_over()):
                 while in_flight:
                     wait()
-                self._save_and_stop(epoch)
+                if stop.requested:
+                    self._save_and_stop(epoch)
+                self._check_finite(epoch)
+                self._save()
         while in_flight:
             wait()
         self.step_seconds += np.diff(finished).tolist()
@@ -246,6 +285,8 @@ class _Run:
         self.history.append(line)
         self.state = reset_metrics(self.state)
         due = time.perf_counter() - self.saved_at >= self.save_seconds
+        if self.config.patience is not None:
+            due |= best_epoch(self.history) is line  # what is to be tested has to be there
         if due:
             self._save()
         self._write_metrics()
@@ -256,11 +297,17 @@ class _Run:
             self.diagnosis.report(self.history, self.folder)
 
     def _evaluate(self, data: Data) -> dict[str, float]:
-        return evaluate(self.steps.evaluate, self.state, data, self.config.batch_size)
+        state = dataclasses.replace(self.state, params=averaged_parameters(self.state))
+        return evaluate(self.steps.evaluate, state, data, self.config.batch_size)
+
+    def _minutes_are_over(self) -> bool:
+        minutes = self.config.save_minutes
+        return minutes is not None and time.perf_counter() - self.saved_at >= 60 * minutes
 
     def _save(self) -> None:
+        best = best_epoch(self.history)["step"] if self.history else None
+        self.checkpoints.save(self.state, self._metadata(), best=best)
         self.saved_at = time.perf_counter()
-        self.checkpoints.save(self.state, self._metadata())
 
     def _save_and_stop(self, epoch: int) -> NoReturn:
         self._check_finite(epoch)
@@ -281,6 +328,24 @@ class _Run:
                 f"{int(self.state.step)}, {wrong[0]} for one",
                 epoch,
             )
+
+    def _where(self, step: int, data: Data) -> str:
+        """Where it began that a step's loss is not finite: the steps before it are taken again."""
+        if self.save_seconds:  # a run of many, which is expected at the highest rates
+            return ""
+        path, _ = self.checkpoints.newest()
+        state = self._beginning()
+        state = restore_checkpoint(path, state) if path else state
+        for done in range(int(state.step), step - 1):
+            epoch, i = divmod(done, self.steps_per_epoch)
+            state, _ = self.steps.train(state, data, self._order(epoch)[i], self.key)
+        epoch, i = divmod(step - 1, self.steps_per_epoch)
+        flip, pad = augmentation(self.config, self.task.dataset)
+        preprocess = training_images(self.task.dataset, flip=flip, pad=pad)
+        batch = preprocess(
+            take(data, self._order(epoch)[i]), jax.random.fold_in(self.key, step - 1)
+        )
+        return f": {origin(self.graphdef, state, batch['image'])}"
 
     def _diverged(self, what: str, epoch: int) -> Diverged:
         whole, _ = self.checkpoints.newest()

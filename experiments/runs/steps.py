@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -52,20 +53,25 @@ def build_train_step(
       flip, pad: of :func:`experiments.data.augment.augment`.
     """
     loss = CrossEntropy(dataset.num_classes, config.label_smoothing)
-
-    def preprocess(batch: Data, key: jax.Array) -> Data:
-        images = augment(batch["image"], key, flip=flip, pad=pad)
-        return batch | {"image": normalize(images, dataset.mean, dataset.std)}
-
     step = make_train_step(
         graphdef,
         optimizer,
         loss=loss,
         estimator=config.build_estimator(),
         metrics={"accuracy": loss.accuracy},
-        preprocess=preprocess,
+        preprocess=training_images(dataset, flip=flip, pad=pad),
     )
     return gather_on_device(step)
+
+
+def training_images(dataset: Dataset, *, flip: bool, pad: int) -> Callable[[Data, jax.Array], Data]:
+    """``(batch, key) -> batch``: what a training step does to images before the model."""
+
+    def preprocess(batch: Data, key: jax.Array) -> Data:
+        images = augment(batch["image"], key, flip=flip, pad=pad)
+        return batch | {"image": normalize(images, dataset.mean, dataset.std)}
+
+    return preprocess
 
 
 def build_eval_step(dataset: Dataset, graphdef: Any) -> GatheredEvalStep:

@@ -22,7 +22,8 @@ def summarize(
     experiment: str,
     start: str,
     steps: int,
-    last: dict[str, Any],
+    chosen: dict[str, Any],
+    stopped: str | None,
     test: dict[str, float],
     step_seconds: list[float],
     seconds: float,
@@ -36,7 +37,9 @@ def summarize(
       experiment: name of the experiment.
       start: what it started from.
       steps: how many steps it took.
-      last: the last epoch's line of ``metrics.jsonl``.
+      chosen: the line of ``metrics.jsonl`` of the epoch that was tested: the last one, or with
+        ``patience`` the best.
+      stopped: why it stopped before its last epoch, if it did.
       test: loss and accuracy on the test split.
       step_seconds: how long its steps took each.
       seconds: how long all of it took.
@@ -55,11 +58,14 @@ def summarize(
         "seed": config.seed,
         "start": start,
         "epochs": config.epochs,
+        "stopped": stopped,
+        "tested_epoch": chosen["epoch"],
+        "checkpoint": f"step_{chosen['step']:08d}",
         "steps": steps,
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
-        "train_loss": last["train_loss"],
-        "validation_loss": last["validation_loss"],
-        "validation_accuracy": last["validation_accuracy"],
+        "train_loss": chosen["train_loss"],
+        "validation_loss": chosen["validation_loss"],
+        "validation_accuracy": chosen["validation_accuracy"],
         "test_loss": test["loss"],
         "test_accuracy": test["accuracy"],
         "test_images": len(task.dataset.test),
@@ -89,6 +95,7 @@ def read_summary(path: pathlib.Path) -> dict[str, Any]:
     )
 
 
+# What older versions wrote has these too.
 _NAMES = {
     "experiment",
     "dataset",

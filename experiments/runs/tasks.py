@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import warnings
 from typing import Any
 
 from flax import nnx
@@ -31,6 +32,28 @@ class Task:
     model: nnx.Module
     table: ConversionTable
     start: str
+
+
+def check_freeze(config: RunConfig) -> None:
+    """Checks that ``freeze`` matches parameters of the model, before any data are read.
+
+    Raises:
+      ValueError: it matches none, or all.
+    """
+    if config.freeze is None:
+        return
+
+    def build() -> Any:
+        rngs = nnx.Rngs(0)
+        model = create_model(
+            config.model, num_classes=2, in_features=3, width=config.width, rngs=rngs
+        )
+        return quantize(model, config.build_recipe(), rngs=rngs).model
+
+    with warnings.catch_warnings():  # they come again when the model itself is made
+        warnings.simplefilter("ignore")
+        model = nnx.eval_shape(build)
+    config.build_optimizer().labels(nnx.state(model, nnx.Param))
 
 
 def load_dataset(config: RunConfig) -> Dataset:

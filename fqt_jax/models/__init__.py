@@ -33,6 +33,16 @@ MODELS: dict[str, Callable[..., Any]] = {
 """The models by name. Those in the form of torchvision take its weights, and have ReLU."""
 
 
+def has_stem(name: str) -> bool:
+    """Whether a model of that name has a choice of stems.
+
+    Example:
+      >>> has_stem("resnet18"), has_stem("vgg11"), has_stem("resnet50_torch")
+      (True, False, False)
+    """
+    return name.startswith("resnet") and name not in TORCH_MODELS
+
+
 def create_model(
     name: str,
     *,
@@ -64,8 +74,7 @@ def create_model(
     """
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; known models: {', '.join(MODELS)}.")
-    has_stem = name.startswith("resnet") and name not in TORCH_MODELS
-    options: dict[str, Any] = {"stem": stem} if has_stem else {}
+    options: dict[str, Any] = {"stem": stem} if has_stem(name) else {}
     return MODELS[name](
         num_classes=num_classes, in_features=in_features, width=width, rngs=rngs, **options
     )

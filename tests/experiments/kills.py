@@ -28,7 +28,7 @@ from flax import nnx
 
 from experiments.finetune import FinetuneConfig
 from experiments.runs import tasks
-from experiments.runs.config import read_config
+from experiments.runs.saved_config import read_config
 from experiments.runs.steps import METRICS
 from fqt_jax.checkpoints import latest_checkpoint, read_metadata, restore_checkpoint
 from fqt_jax.training import TrainState, create_state

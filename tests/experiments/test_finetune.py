@@ -21,10 +21,16 @@ from experiments.data import load
 from experiments.finetune import FinetuneConfig, main
 from experiments.pretrain import PretrainConfig
 from experiments.pretrain import main as pretrain
-from experiments.runs import locks, runner
+from experiments.runs import folders, locks, runner
 from experiments.runs.config import RunConfig
+from experiments.runs.tasks import build_task, load_dataset
 from fqt_jax import export
-from fqt_jax.checkpoints import CheckpointError, latest_checkpoint, read_metadata
+from fqt_jax.checkpoints import (
+    CheckpointError,
+    latest_checkpoint,
+    load_parameters,
+    read_metadata,
+)
 from fqt_jax.models import MODELS, VGG
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -76,7 +82,11 @@ def test_a_run_writes_its_folder(capsys):
     assert summary["test_images"] == len(load("digits", image_size=8, limit=96).test)
     assert 0 <= summary["test_accuracy"] <= 1
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert len(list((folder / "checkpoints").iterdir())) == 2
+    best = max(lines(folder), key=lambda line: line["validation_accuracy"])["step"]
+    kept = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert kept == {f"step_{step:08d}" for step in (6, 9, best)}
+    assert (summary["stopped"], summary["tested_epoch"]) == (None, 3)
+    assert summary["checkpoint"] == "step_00000009"
     printed = capsys.readouterr().out
     assert "epoch 3/3: loss" in printed
     assert "test accuracy" in printed
@@ -117,6 +127,70 @@ def test_a_stopped_run_resumes_with_the_numbers_of_an_unbroken_one(stop_at, monk
     assert {**run, **timed} == {**whole, **timed}
     main(FinetuneConfig(resume=pathlib.Path("run")))
     assert "complete already" in capsys.readouterr().out
+
+
+def test_a_run_with_all_options_of_its_optimizer_is_saved_within_epochs(capsys):
+    """It loses its last checkpoints, and goes on from within an epoch to the same numbers."""
+    options = {
+        "warmup_epochs": 1.0,
+        "cosine_epochs": 1,
+        "clip_norm": 0.5,
+        "ema_decay": 0.9,
+        "freeze": r"head\..*",
+        "save_minutes": 1e-9,
+    }
+    main(tiny(out=pathlib.Path("whole"), **options))
+    shutil.copytree("whole", "run")
+    expected, folder = parameters("whole"), pathlib.Path("run/checkpoints")
+    assert {path.name for path in folder.iterdir()} >= {"step_00000008", "step_00000009"}
+    shutil.rmtree(folder / "step_00000009")
+    for name in ("summary.json", "metrics.jsonl"):
+        pathlib.Path("run", name).unlink()
+    main(FinetuneConfig(resume=pathlib.Path("run")))
+    assert "from step_00000008, after step 8 of 9" in capsys.readouterr().out
+    assert lines("run") == lines("whole")
+    for name, value in parameters("run").items():
+        np.testing.assert_array_equal(expected[name], value, err_msg=name)
+    # What is evaluated and handed on is the average; what is frozen is as it was.
+    config = tiny()
+    model = build_task(config, load_dataset(config), None).model
+    head = model.head.kernel[...]
+    load_parameters(folders.checkpoint_at(pathlib.Path("run")), model)
+    averaged = {name: value for name, value in expected.items() if ".average." in name}
+    assert len(averaged) == sum(name.startswith("params.") for name in expected)
+    first = model.features.layers[0].kernel[...]
+    np.testing.assert_array_equal(first, averaged["opt_state.average.features.layers.0.kernel"])
+    assert not np.array_equal(first, expected["params.features.layers.0.kernel"])
+    np.testing.assert_array_equal(model.head.kernel[...], head)
+
+
+def test_a_run_without_patience_left_stops_and_tests_its_best_epoch(monkeypatch, capsys):
+    validation, tested = iter([0.5, 0.7, 0.6, 0.7]), []
+
+    def evaluated(step, state, data, batch_size):
+        accuracy = next(validation, None)
+        if accuracy is None:
+            tested.append(int(state.step))
+        return {"accuracy": accuracy or 0.25, "loss": 1.0}
+
+    monkeypatch.setattr(runner, "evaluate", evaluated)
+    main(tiny(patience=2, epochs=9))
+    reason = "after epoch 4: no better validation accuracy than 70.0% of epoch 2 in 2 epochs"
+    assert f"stopped early, {reason}" in capsys.readouterr().out
+    path = pathlib.Path("run/summary.json")
+    summary = json.loads(path.read_text())
+    assert (summary["stopped"], summary["steps"], summary["epochs"]) == (reason, 12, 9)
+    assert (summary["tested_epoch"], summary["validation_accuracy"]) == (2, 0.7)
+    assert summary["test_accuracy"] == 0.25
+    best = pathlib.Path("run/checkpoints", summary["checkpoint"])
+    assert folders.checkpoint_at(pathlib.Path("run")) == best
+    assert best.name == "step_00000006"
+    assert len(list(best.parent.iterdir())) == 3
+    path.unlink()
+    main(FinetuneConfig(resume=pathlib.Path("run")))
+    timed = {"seconds": 0, "step_ms": 0}
+    assert {**json.loads(path.read_text()), **timed} == {**summary, **timed}
+    assert tested == [6, 6]
 
 
 def test_the_step_compiles_once_over_epochs_and_resume(monkeypatch):
@@ -225,15 +299,26 @@ def test_pretrained_checkpoints_start_a_finetuning(capsys):
     ("changes", "error", "message"),
     [
         ({"dataset": "imagenet"}, ValueError, "unknown data set|imagenet"),
-        ({"recipe": "fqt2"}, ValueError, "unknown recipe 'fqt2'; known recipes: full_precision"),
+        ({"recipe": "fqt2"}, cli.UserError, "unknown recipe 'fqt2'; known recipes: full_precision"),
         ({"optimizer": "adamm"}, cli.UserError, "unknown optimizer 'adamm'"),
         ({"implementation": "cuda"}, cli.UserError, "unknown implementation 'cuda'"),
         ({"learning_rate": float("nan")}, cli.UserError, "learning_rate must be a number from 0"),
-        ({"bits": 9}, ValueError, "bits must be an integer from 1 to 8; got 9"),
-        ({"bits": 0}, ValueError, "bits must be an integer from 1 to 8; got 0"),
-        ({"keep": 0.0}, ValueError, r"keep must be a number in \(0, 1\]"),
+        ({"bits": 9}, cli.UserError, "bits must be an integer from 1 to 8; got 9"),
+        ({"bits": 0}, cli.UserError, "bits must be an integer from 1 to 8; got 0"),
+        ({"keep": 0.0}, cli.UserError, r"keep must be a number in \(0, 1\]"),
         ({"recipe": "qat", "bits": 2}, cli.UserError, "does not quantize gradients"),
-        ({"batch_size": 5000}, cli.UserError, "batch_size is 5000, but digits has only"),
+        ({"batch_size": 5000, "limit": None}, cli.UserError, "batch_size is 5000, but digits has"),
+        (
+            {"freeze": "stem"},
+            ValueError,
+            "no parameter is matched by freeze='stem'; there are",
+        ),
+        (
+            {"cache": pathlib.Path("c")},
+            cli.UserError,
+            "cache has no effect: with checkpoint",
+        ),
+        ({"pretrain_seed": 0}, cli.UserError, "pretrain_seed has no effect: with checkpoint"),
         ({"image_size": 1}, ValueError, "images must be at least 4x4"),
         ({"recipe": "full_precision", "diagnose": True}, cli.UserError, "diagnose needs a binary"),
         ({"dataset": "cifar10"}, ValueError, "cifar10"),
@@ -250,7 +335,7 @@ def test_bad_options_are_named_before_anything_is_written(changes, error, messag
 
 def test_a_batch_that_is_too_large_is_named_before_pretraining(capsys):
     with pytest.raises(cli.UserError, match="batch_size is 5000"):
-        main(tiny(batch_size=5000, from_scratch=False))
+        main(tiny(batch_size=5000, limit=None, from_scratch=False))
     assert "pretraining" not in capsys.readouterr().out
 
 
@@ -261,11 +346,29 @@ def test_a_batch_that_is_too_large_is_named_before_pretraining(capsys):
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"validation_fraction": 1.0}, "validation_fraction"),
         ({"label_smoothing": 1.0}, "label_smoothing"),
-        ({"width": 0.0}, "width must be positive"),
+        ({"width": 0.0}, "width must be positive and at most 16"),
+        ({"width": 17.0}, "width must be positive and at most 16"),
+        ({"image_size": 5000}, "image_size must be at most 4096; got 5000"),
+        ({"limit": 0}, "limit must be at least 1"),
+        ({"batch_size": 97}, "batch_size is 97, but limit leaves only 96 images"),
+        ({"patience": 0}, "patience must be at least 1"),
+        ({"save_minutes": 0.0}, "save_minutes must be a positive number"),
+        ({"warmup_epochs": 3.0}, "warmup_epochs must be at least 0 and below epochs, which is 3"),
+        ({"cosine_epochs": 2}, "cosine_epochs must divide the 3 epochs after warm-up; got 2"),
+        ({"cosine_epochs": 1, "schedule": "constant"}, "cosine_epochs has no effect on a constant"),
+        ({"clip_norm": -1.0}, "clip_norm must be a positive number"),
+        ({"ema_decay": 0.0}, r"ema_decay must be in \(0, 1\)"),
+        ({"momentum": 0.9}, "momentum has no effect on adam: it is of sgd"),
+        ({"stem": "small"}, "stem has no effect on vgg_small: it is of resnet18 and resnet34"),
+        ({"freeze": "("}, "freeze must be a regular expression"),
+        ({"recipe": "psq1", "sampler": "uniform"}, "sampler has no effect: nothing is pruned"),
+        ({"one_draw": True, "importance": "norm"}, "importance has no effect: one_draw draws by"),
+        ({"recipe": "full_precision", "clip": False}, "clip has no meaning in a full-precision"),
+        ({"pretrain_epochs": 2}, "pretrain_epochs has no effect: with checkpoint, weights or from"),
         ({"seed": -1}, "seed must be from 0"),
         ({"resume": pathlib.Path("x")}, "either out"),
         ({"checkpoint": pathlib.Path("x")}, "only one of checkpoint, weights and from-scratch"),
-        ({"pretrain_epochs": 0}, "pretrain_epochs must be at least 1"),
+        ({"pretrain_epochs": 0, "from_scratch": False}, "pretrain_epochs must be at least 1"),
     ],
 )
 def test_bad_options_are_refused_on_construction(changes, message):
@@ -296,7 +399,7 @@ def test_options_survive_a_round_trip_through_json():
     values = json.loads(json.dumps(config.to_json()))
     pathlib.Path("run").mkdir()
     pathlib.Path("run/config.json").write_text(json.dumps(values))
-    from experiments.runs.config import read_config
+    from experiments.runs.saved_config import read_config
 
     assert read_config(FinetuneConfig(), pathlib.Path("run")) == dataclasses.replace(
         config, out=None
