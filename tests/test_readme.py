@@ -9,7 +9,6 @@ import tomllib
 import warnings
 
 import pytest
-import tyro
 import yaml
 
 import fqt_jax
@@ -46,7 +45,7 @@ def parse_options(monkeypatch):
         def stand_in(main, config_type):
             with contextlib.redirect_stderr(io.StringIO()) as complaint:
                 try:
-                    configs.append(tyro.cli(config_type, args=options))
+                    configs.append(cli.parse(config_type, options))
                 except SystemExit:
                     pytest.fail(f"{module} does not take {options}: {complaint.getvalue()}")
 

@@ -131,6 +131,9 @@ class RunConfig:
     resume: pathlib.Path | None = None
     """Continue the run in this folder, with the options it was started with."""
 
+    FROM_FILE: ClassVar[bool] = True
+    """Options may be read from a file; see :func:`experiments.cli.parse`."""
+
     NOT_COMPILED: ClassVar[tuple[str, ...]] = (
         "seed",
         "learning_rate",

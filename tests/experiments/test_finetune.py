@@ -406,6 +406,47 @@ def test_options_survive_a_round_trip_through_json():
     )
 
 
+def test_options_are_read_from_a_file_and_changed_on_the_command_line(capsys):
+    config = tiny(data_dir=pathlib.Path("data"), keep=0.5, width=1, flip=False, out=None)
+    pathlib.Path("options.json").write_text(json.dumps(config.to_json()))
+    file = ["--config", "options.json"]
+    assert cli.parse(FinetuneConfig, file) == config
+    changed = cli.parse(FinetuneConfig, ["--epochs", "7", *file, "--flip", "True", "--one-draw"])
+    expected = dataclasses.replace(config, epochs=7, flip=True)
+    assert dataclasses.replace(changed, one_draw=False) == expected
+    # What fits only with what stands on the command line.
+    pathlib.Path("options.json").write_text('{"momentum": 0.5, "sampler": "topk"}')
+    changed = cli.parse(FinetuneConfig, [*file, "--optimizer", "sgd"])
+    assert (changed.momentum, changed.sampler) == (0.5, "topk")
+    with pytest.raises(cli.UserError, match="momentum has no effect on adam"):
+        cli.parse(FinetuneConfig, file)
+    with pytest.raises(cli.UserError, match="--config needs the name of a file"):
+        cli.parse(FinetuneConfig, ["--config", "--one-draw"])
+    with pytest.raises(SystemExit):
+        cli.parse(FinetuneConfig, [*file, "--help"])
+    assert "--config FILE reads options from a JSON file" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"epoch": 3}', "options.json: unknown option 'epoch'; did you mean epochs"),
+        ('{"zzz": 3}', "options.json: unknown option 'zzz'; known: dataset, model,"),
+        ('{"epochs": "3"}', "options.json: epochs must be int; got '3'"),
+        ('{"epochs": true}', "options.json: epochs must be int; got True"),
+        ('{"limit": 1.5}', "options.json: limit must be int or null; got 1.5"),
+        ('{"prune": "rows"}', "prune must be 'channels', 'shared' or null; got 'rows'"),
+        ("[1]", r"options.json must hold a JSON object of options; got \[1\]"),
+        ("{", "options.json is no JSON: "),
+    ],
+)
+def test_a_file_of_options_that_is_wrong_is_named(text, message):
+    pathlib.Path("options.json").write_text(text)
+    with pytest.raises(cli.UserError, match=message) as caught:
+        cli.parse(FinetuneConfig, ["--config", "options.json"])
+    assert "\n" not in str(caught.value)
+
+
 def test_parts_of_a_recipe_can_be_changed():
     recipe = RunConfig(bits=2, prune="shared", importance="norm").build_recipe()
     assert recipe.gradient is not None
