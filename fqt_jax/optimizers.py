@@ -115,6 +115,10 @@ class OptimizerConfig:
             rest = head = self.learning_rate
         return rest, head if self.head_learning_rate is None else self.head_learning_rate
 
+    def momentum_or_default(self) -> float | None:
+        """The momentum of SGD, with the default filled in; ``None`` for another optimizer."""
+        return 0.9 if self.name == "sgd" and self.momentum is None else self.momentum
+
     def labels(self, params: Any) -> Any:
         """What becomes of each parameter: ``"rest"``, ``"head"`` or ``"frozen"``.
 
@@ -198,8 +202,7 @@ class OptimizerConfig:
         def build(learning_rate: Any) -> optax.GradientTransformation:
             schedule = self._course(learning_rate, total_steps)
             if self.name == "sgd":
-                momentum = 0.9 if self.momentum is None else self.momentum
-                return optax.sgd(schedule, momentum=momentum or None)
+                return optax.sgd(schedule, momentum=self.momentum_or_default() or None)
             if self.name == "adam":
                 return adam(schedule)
             return getattr(optax, self.name)(schedule)

@@ -233,6 +233,16 @@ class RunConfig:
             freeze=self.freeze,
         )
 
+    def filled_in(self) -> dict[str, Any]:
+        """What options that were left open stand for, as far as the data do not decide."""
+        optimizer = self.build_optimizer()
+        rest, head = optimizer.rates()
+        return {
+            "learning_rate": rest,
+            "head_learning_rate": head,
+            "momentum": optimizer.momentum_or_default(),
+        }
+
     def compiled(self) -> tuple[Any, ...]:
         """What, with the model's structure, decides the compiled steps: equal for runs that can
         share them.

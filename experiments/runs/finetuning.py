@@ -7,13 +7,13 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from experiments import cli, process
 from experiments.data import Dataset
 from experiments.runs import folders, locks, reporting, runner, tasks
 from experiments.runs.config import RunConfig
-from experiments.runs.pretraining import PretrainConfig
+from experiments.runs.pretraining import PretrainConfig, newest_pretraining
 from experiments.runs.saved_config import read_config
 from fqt_jax.checkpoints import latest_checkpoint
 from fqt_jax.recipe import QAT
@@ -61,6 +61,12 @@ class FinetuneConfig(RunConfig):
                 raise cli.UserError(
                     f"pretrain_epochs must be at least 1; got {self.pretrain_epochs}."
                 )
+
+    def filled_in(self) -> dict[str, Any]:
+        found = super().filled_in()
+        if not (self.checkpoint or self.weights or self.from_scratch):
+            found["pretrain_epochs"] = self.pretrain_epochs or PretrainConfig.epochs
+        return found
 
     def check_pretraining(self) -> None:
         """Checks that there is a pretraining for the options that are about it.
@@ -151,21 +157,25 @@ def _pretrained(config: FinetuneConfig, dataset: Dataset) -> pathlib.Path:
     Of several processes that want the same one, one makes it and the others wait for it.
     """
     options = pretraining(config, dataset.image_size[0])
-    digest = hashlib.sha256(json.dumps(options.to_json(), sort_keys=True).encode()).hexdigest()
+    made, why_not = newest_pretraining(options)
+    if made is not None and not why_not:
+        print(f"starting from the pretrained model in {made}")
+        return folders.checkpoint_at(made)
+    if made is not None:
+        print(f"{made} is not what to start from: {why_not}; --checkpoint {made} would take it")
+    # Defaults stay out of the name, so that an option added later renames no folder.
+    default = PretrainConfig().to_json()
+    values = {k: v for k, v in options.to_json().items() if v != default[k]}
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
     folder = config.cache / f"{config.model}-mnist5k-{digest[:12]}"
     # A finished one needs no lock: the cache may be one that cannot be written.
-    if not _finished(folder):
+    if not folders.finished(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with locks.locked(folder, wait_for=f"pretrains in {folder}"):
-            if not _finished(folder):
+            if not folders.finished(folder):
                 _pretrain(options, folder)
     print(f"starting from the pretrained model in {folder}")
     return folders.checkpoint_at(folder)
-
-
-def _finished(folder: pathlib.Path) -> bool:
-    checkpoint = latest_checkpoint(folder / "checkpoints")
-    return checkpoint is not None and (folder / "summary.json").exists()
 
 
 def _pretrain(options: PretrainConfig, folder: pathlib.Path) -> None:

@@ -143,6 +143,12 @@ def checkpoint_at(path: pathlib.Path) -> pathlib.Path:
     return latest_checkpoint(path / "checkpoints") or path
 
 
+def finished(folder: pathlib.Path) -> bool:
+    """Whether the run in a folder is complete, its checkpoint included."""
+    checkpoint = latest_checkpoint(folder / "checkpoints")
+    return checkpoint is not None and (folder / "summary.json").exists()
+
+
 def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a file whole or not at all."""
     partial = path.with_name(path.name + _PARTIAL)

@@ -37,7 +37,7 @@ from experiments.runs.steps import (
 )
 from experiments.runs.stopping import best_epoch, reason_to_stop
 from experiments.runs.summaries import read_summary, summarize
-from experiments.runs.tasks import Task, augmentation
+from experiments.runs.tasks import Task, augmentation, resolved
 from fqt_jax.averaging import averaged_parameters
 from fqt_jax.batches import take
 from fqt_jax.checkpoints import nonfinite_arrays, read_metadata, restore_checkpoint
@@ -75,10 +75,12 @@ def train(
 ) -> dict[str, Any]:
     """Trains, from the start or from the folder's last checkpoint, to the end.
 
-    Writes to the folder after each epoch: a checkpoint, a line of ``metrics.jsonl``, and the
-    picture of the curves, with ``diagnose`` also ``diagnosis.png``; at the end ``summary.json``,
-    with the accuracy on the test split, which nothing is chosen by. With ``patience`` the run may
-    stop early, and what is tested is its best epoch.
+    Writes to the folder at the start ``layers.txt``, the table of the conversion, and
+    ``resolved.json``, what options that were left open became; after each epoch a checkpoint, a
+    line of ``metrics.jsonl``, and the picture of the curves, with ``diagnose`` also
+    ``diagnosis.png``; at the end ``summary.json``, with the accuracy on the test split, which
+    nothing is chosen by. With ``patience`` the run may stop early, and what is tested is its best
+    epoch.
 
     The last two checkpoints are kept, and that of the best epoch. A state that is not finite is
     never saved. Where the last checkpoint is damaged, the run goes on from the one before, and says
@@ -170,6 +172,7 @@ class _Run:
             return summary
         self._restore()
         write_text(self.folder / "layers.txt", f"{self.task.table}\n")
+        write_json(self.folder / "resolved.json", resolved(self.config, self.task.dataset))
         dataset = self.task.dataset
         train_data = on_device(dataset.train)
         validation_data = on_device(dataset.validation)

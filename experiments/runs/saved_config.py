@@ -15,10 +15,16 @@ ConfigT = TypeVar("ConfigT", bound=RunConfig)
 _PATHS = ("data_dir", "checkpoint", "weights", "cache")
 
 
+def up_to_date(values: dict[str, Any]) -> dict[str, Any]:
+    """Options as this version writes them, of what an older one wrote."""
+    if values.get("optimizer") != "sgd" and values.get("momentum") == 0.9:
+        return {**values, "momentum": None}  # it stood there whatever the optimizer
+    return values
+
+
 def config_from_json(config_type: type[ConfigT], values: dict[str, Any]) -> ConfigT:
     """The options that :meth:`RunConfig.to_json` wrote, in this version or an older one."""
-    if values.get("optimizer") != "sgd" and values.get("momentum") == 0.9:
-        values = {**values, "momentum": None}  # it stood there whatever the optimizer
+    values = up_to_date(values)
     paths = {name: pathlib.Path(values[name]) for name in _PATHS if values.get(name) is not None}
     return config_type(**{**values, **paths})
 

@@ -11,7 +11,7 @@ import jax
 
 from experiments.cli import UserError
 from experiments.runs.config import RunConfig
-from experiments.runs.tasks import Task
+from experiments.runs.tasks import Task, resolved
 
 
 def summarize(
@@ -59,6 +59,7 @@ def summarize(
         "start": start,
         "epochs": config.epochs,
         "stopped": stopped,
+        "resolved": resolved(config, task.dataset),
         "tested_epoch": chosen["epoch"],
         "checkpoint": f"step_{chosen['step']:08d}",
         "steps": steps,

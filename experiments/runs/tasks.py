@@ -16,7 +16,7 @@ from fqt_jax.calibration import calibrate
 from fqt_jax.checkpoints import load_parameters
 from fqt_jax.convert import ConversionTable, quantize
 from fqt_jax.kernels import check_implementation
-from fqt_jax.models import create_model
+from fqt_jax.models import create_model, has_stem
 from fqt_jax.weights import load as load_weights
 from fqt_jax.weights import statistics
 
@@ -128,6 +128,19 @@ def model_options(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
         "in_features": dataset.channels,
         "width": config.width,
         "stem": stem,
+    }
+
+
+def resolved(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
+    """What the options that were left open became."""
+    height, width = dataset.image_size
+    flip, pad = augmentation(config, dataset)
+    return {
+        **config.filled_in(),
+        "image_size": height if height == width else [height, width],
+        "stem": model_options(config, dataset)["stem"] if has_stem(config.model) else config.stem,
+        "flip": flip,
+        "pad": pad,
     }
 
 

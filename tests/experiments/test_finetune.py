@@ -21,8 +21,9 @@ from experiments.data import load
 from experiments.finetune import FinetuneConfig, main
 from experiments.pretrain import PretrainConfig
 from experiments.pretrain import main as pretrain
-from experiments.runs import folders, locks, runner
+from experiments.runs import folders, locks, runner, summaries
 from experiments.runs.config import RunConfig
+from experiments.runs.pretraining import newest_pretraining
 from experiments.runs.tasks import build_task, load_dataset
 from fqt_jax import export
 from fqt_jax.checkpoints import (
@@ -75,6 +76,7 @@ def test_a_run_writes_its_folder(capsys):
         "curves.png",
         "layers.txt",
         "metrics.jsonl",
+        "resolved.json",
         "summary.json",
     }
     assert [line["epoch"] for line in lines(folder)] == [1, 2, 3]
@@ -85,6 +87,10 @@ def test_a_run_writes_its_folder(capsys):
     best = max(lines(folder), key=lambda line: line["validation_accuracy"])["step"]
     kept = {path.name for path in (folder / "checkpoints").iterdir()}
     assert kept == {f"step_{step:08d}" for step in (6, 9, best)}
+    resolved = {"image_size": 8, "flip": False, "pad": 0, "stem": "auto", "momentum": None}
+    resolved |= {"learning_rate": 1e-3, "head_learning_rate": 1e-3}
+    assert summary["resolved"] == resolved
+    assert json.loads((folder / "resolved.json").read_text()) == resolved
     assert (summary["stopped"], summary["tested_epoch"]) == (None, 3)
     assert summary["checkpoint"] == "step_00000009"
     printed = capsys.readouterr().out
@@ -210,13 +216,47 @@ def test_the_step_compiles_once_over_epochs_and_resume(monkeypatch):
 
 def test_finetuning_pretrains_once_and_keeps_the_result(capsys):
     options = {"from_scratch": False, "pretrain_epochs": 1, "epochs": 1, "width": 0.125}
+    other = pathlib.Path("runs/pretrain-other")
+    other.mkdir(parents=True)
+    (other / "config.json").write_text(json.dumps(PretrainConfig().to_json()))
     main(tiny(out=pathlib.Path("a"), **options))
-    assert "pretraining on mnist5k once" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "runs/pretrain-other is not what to start from: it is not complete; --check" in printed
+    assert "pretraining on mnist5k once" in printed
     # Kernels without float gradients can fine-tune what the default ones have pretrained.
     main(tiny(out=pathlib.Path("b"), implementation="packed", **options))
     printed = capsys.readouterr().out
     assert "starting from the pretrained model" in printed
     assert "pretraining" not in printed
+    # One that experiments.pretrain made is as good, if its options are those.
+    (made,) = pathlib.Path("runs/pretrained").iterdir()
+    shutil.move(made, other.with_name("mine"))
+    main(tiny(out=pathlib.Path("c"), **options))
+    printed = capsys.readouterr().out
+    assert "starting from the pretrained model in runs/mine\n" in printed
+    assert "pretraining" not in printed
+    a, c = (json.loads(pathlib.Path(f, "summary.json").read_text()) for f in "ac")
+    assert a["validation_loss"] == c["validation_loss"]
+
+
+def test_a_pretraining_that_is_not_what_to_start_from_is_told_why():
+    wanted = PretrainConfig(image_size=16, seed=1)
+    assert newest_pretraining(wanted) == (None, "")
+    folder = pathlib.Path("runs/pretrain-mine")
+    (folder / "checkpoints/step_00000001").mkdir(parents=True)
+    summary = dict.fromkeys(summaries._NAMES, 0) | {"resolved": {"image_size": 16}}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    for options, why_not in (
+        ({"seed": 1}, ""),
+        ({"seed": 1, "diagnose": True, "log": "tensorboard"}, ""),
+        ({"seed": 0, "epochs": 9}, "epochs is 9, not 8, seed is 0, not 1"),
+        ({"seed": 1, "image_size": 8}, "image_size is 8, not 16"),
+    ):
+        text = json.dumps(PretrainConfig(**options).to_json())
+        (folder / "config.json").write_text(text)
+        assert newest_pretraining(wanted) == (folder, why_not)
+    (folder / "config.json").write_text("{")
+    assert newest_pretraining(wanted) == (folder, "it is damaged or of another version")
 
 
 def test_a_pretraining_that_another_process_makes_is_waited_for(capsys):

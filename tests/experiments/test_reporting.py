@@ -1,7 +1,9 @@
 """What a run says of itself while it trains."""
 
+import io
 import pathlib
 import re
+import sys
 
 import pytest
 
@@ -37,6 +39,22 @@ def test_images_a_second_leave_out_what_came_before(monkeypatch, capsys):
         progress.step(4, 1, 1.0, 32)
         progress.epoch(LINE, 2)
     assert re.findall(r"(\S+) images/s", capsys.readouterr().out) == ["-", "16", "32"]
+
+
+def test_a_terminal_shows_each_epoch_above_the_bar(monkeypatch):
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
+    with reporting.Progress(6) as progress:
+        progress.epoch(LINE, 2)
+        progress.epoch(LINE | {"epoch": 2, "step": 6}, 2)
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", terminal.getvalue())  # without its colours
+    line = "loss 1.0000, training accuracy 50.0%, validation accuracy 50.0%, - images/s"
+    assert shown.count(line) == 2
+    assert f"epoch 2/2: {line}" in shown
+    assert "6/6" in shown
 
 
 @pytest.mark.usefixtures("own_folder", "relaxed_promotion", "tiny_vgg")
