@@ -36,8 +36,11 @@ def test_snippets_run_and_print_what_stands_below_them(page, monkeypatch):
 
 
 @pytest.fixture
-def parse_options(monkeypatch):
+def parse_options(monkeypatch, tmp_path):
     """Parses the options of an entry point, as it does, and checks what a sweep is over."""
+    (tmp_path / "runs/NAME").mkdir(parents=True)
+    (tmp_path / "runs/NAME/config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
 
     def parse_options(module: str, options: list[str]) -> None:
         configs = []

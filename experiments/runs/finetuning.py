@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from experiments import cli, process
 from experiments.data import Dataset
-from experiments.runs import folders, locks, reporting, runner, tasks
+from experiments.runs import folders, locks, logs, reporting, runner, tasks
 from experiments.runs.config import RunConfig
 from experiments.runs.pretraining import PretrainConfig, newest_pretraining
 from experiments.runs.saved_config import read_config
@@ -94,6 +94,7 @@ def main(config: FinetuneConfig) -> None:
             folders.check_can_start(config)
             if config.weights is not None and not config.weights.is_file():
                 raise cli.UserError(f"{config.weights} is not there.")
+        logs.check_log(config)
         tasks.check_freeze(config)
         dataset = tasks.load_dataset(config)
         config.check_batch(len(dataset.train))

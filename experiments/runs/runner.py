@@ -26,6 +26,7 @@ from experiments.runs.config import RunConfig
 from experiments.runs.diagnosis import Diagnosis
 from experiments.runs.divergence import origin
 from experiments.runs.folders import write_json, write_text
+from experiments.runs.logs import Log, NoLog, open_log
 from experiments.runs.steps import (
     METRICS,
     Data,
@@ -113,6 +114,8 @@ def train(
         if error.filename is None:  # a disk that is full while a file is written
             error.filename = str(folder)
         raise
+    finally:
+        run.log.close()
 
 
 def _steps(config: RunConfig, task: Task, graphdef: Any, total_steps: int) -> Steps:
@@ -153,6 +156,7 @@ class _Run:
         self.key = jax.random.key(config.seed)
         self.start = task.start
         self.history: list[dict[str, Any]] = []
+        self.log: Log = NoLog()
         self.step_seconds: list[float] = []
         self.checkpoints = RunCheckpoints(folder / "checkpoints")
         self.saved_at = time.perf_counter()
@@ -171,6 +175,7 @@ class _Run:
             print(f"{self.folder} is complete already.")
             return summary
         self._restore()
+        self.log = open_log(self.config, self.folder, self._steps_told())
         write_text(self.folder / "layers.txt", f"{self.task.table}\n")
         write_json(self.folder / "resolved.json", resolved(self.config, self.task.dataset))
         dataset = self.task.dataset
@@ -206,8 +211,14 @@ class _Run:
             seconds=time.perf_counter() - began,
         )
         write_json(summary_path, summary)
+        told = {name: summary[name] for name in ("test_loss", "test_accuracy")}
+        self.log.write({"step": steps, **told})
         reporting.plot_curves(self.history, summary, self.folder / "curves.png")
         return summary
+
+    def _steps_told(self) -> int:
+        """The steps of the epochs that are in the history."""
+        return int(self.history[-1]["step"]) if self.history else 0
 
     def _choose(self) -> dict[str, Any]:
         """The epoch that is tested, whose state is then the run's: the last, or the best."""
@@ -293,6 +304,7 @@ class _Run:
         if due:
             self._save()
         self._write_metrics()
+        self.log.write(line)
         if due:
             reporting.plot_curves(self.history, None, self.folder / "curves.png")
         progress.epoch(line, self.config.epochs)
