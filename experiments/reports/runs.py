@@ -16,7 +16,7 @@ from experiments.sweeps.sweep import Group as SweepGroup
 from experiments.sweeps.sweep import Store
 from fqt_jax.recipe import RECIPES
 
-_NOT_COMPARED = ("seed", "pretrain_seed", "cache", "data_dir", "diagnose")
+_NOT_COMPARED = ("seed", "pretrain_seed", "cache", "data_dir", "diagnose", "log", "save_minutes")
 """Options that make no other experiment of a run."""
 
 
@@ -50,6 +50,8 @@ class Run:
     def options(self) -> dict[str, str]:
         """The options that make the experiment, as text."""
         rest = {k: v for k, v in self.config.items() if k not in (*_NOT_COMPARED, *RECIPE_PARTS)}
+        if rest.get("head_learning_rate") == rest.get("learning_rate"):
+            rest["head_learning_rate"] = None  # one rate for all is said once
         return {k: _text(v) for k, v in (rest | {"recipe": self.variant}).items()}
 
 

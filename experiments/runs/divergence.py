@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from fqt_jax.checkpoints import nonfinite_arrays
+from fqt_jax.diagnostics.taps import layer_shapes
 from fqt_jax.tapping import Call, tapped
 from fqt_jax.training import TrainState, merge_model
 
 
 def origin(graphdef: Any, state: TrainState, images: jax.Array) -> str:
-    """What in a training step's forward pass is the first that is not finite.
+    """What is the first that is not finite: in a step's forward pass, or in the update before it.
+
+    An update breaks all layers below the one where it began, since gradients flow down.
 
     Args:
       graphdef, state: the model before the step.
@@ -21,8 +24,11 @@ def origin(graphdef: Any, state: TrainState, images: jax.Array) -> str:
     """
     wrong = nonfinite_arrays(state)
     if wrong:
-        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        return f"{wrong[0]}{more} was not finite before it"
+        paths = [shape.path for shape in layer_shapes(merge_model(graphdef, state), images)]
+        for path in reversed(paths):
+            if any(name.startswith(f"params.{path.replace('/', '.')}.") for name in wrong):
+                return f"it began in the update before it, of the layer {path}"
+        return f"it began in the update before it, of {wrong[0]}"
     seen: list[str] = []
 
     def run(state: TrainState, images: jax.Array) -> list[tuple[jax.Array, jax.Array]]:

@@ -99,8 +99,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(monkeypatch, at):
     epoch = at // EPOCH + 1
     left = last_good(EPOCH) if epoch > 1 else "The run's first checkpoint was yet to come."
     assert str(caught.value) == (
-        f"the loss became nan at step {at + 1}: params.head.bias was not finite before it, in "
-        f"epoch {epoch}: lower the learning rate. {left}"
+        f"the loss became nan at step {at + 1}: it began in the update before it, of the layer "
+        f"head, in epoch {epoch}: lower the learning rate. {left}"
     )
     assert taken[-1] <= at + 1 + runner._IN_FLIGHT
     assert steps_saved() == [EPOCH] * (epoch - 1)
