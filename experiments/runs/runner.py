@@ -351,6 +351,9 @@ class _Run:
         path, _ = self.checkpoints.newest()
         state = self._beginning()
         state = restore_checkpoint(path, state) if path else state
+        print(
+            f"taking the steps from {int(state.step) + 1} again, to see where the loss went wrong"
+        )
         for done in range(int(state.step), step - 1):
             epoch, i = divmod(done, self.steps_per_epoch)
             state, _ = self.steps.train(state, data, self._order(epoch)[i], self.key)

@@ -16,9 +16,16 @@ _PATHS = ("data_dir", "checkpoint", "weights", "cache")
 
 
 def up_to_date(values: dict[str, Any]) -> dict[str, Any]:
-    """Options as this version writes them, of what an older one wrote."""
+    """Options as this version writes them, of what an older one wrote.
+
+    That wrote the defaults of options which had no effect.
+    """
+    values = dict(values)
     if values.get("optimizer") != "sgd" and values.get("momentum") == 0.9:
-        return {**values, "momentum": None}  # it stood there whatever the optimizer
+        values["momentum"] = None
+    started = any(values.get(name) for name in ("checkpoint", "weights", "from_scratch"))
+    if started and values.get("pretrain_epochs") == 8:
+        values["pretrain_epochs"] = None
     return values
 
 

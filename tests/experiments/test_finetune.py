@@ -24,6 +24,7 @@ from experiments.pretrain import main as pretrain
 from experiments.runs import folders, locks, runner, summaries
 from experiments.runs.config import RunConfig
 from experiments.runs.pretraining import newest_pretraining
+from experiments.runs.saved_config import config_from_json, read_config
 from experiments.runs.tasks import build_task, load_dataset
 from fqt_jax import export
 from fqt_jax.checkpoints import (
@@ -439,11 +440,19 @@ def test_options_survive_a_round_trip_through_json():
     values = json.loads(json.dumps(config.to_json()))
     pathlib.Path("run").mkdir()
     pathlib.Path("run/config.json").write_text(json.dumps(values))
-    from experiments.runs.saved_config import read_config
-
     assert read_config(FinetuneConfig(), pathlib.Path("run")) == dataclasses.replace(
         config, out=None
     )
+
+
+def test_options_that_an_older_version_wrote_are_read():
+    """It wrote defaults where they had no effect, and knew fewer options."""
+    new = ("warmup_epochs", "cosine_epochs", "clip_norm", "ema_decay", "freeze", "patience", "log")
+    values = {name: value for name, value in tiny().to_json().items() if name not in new}
+    old = values | {"momentum": 0.9, "pretrain_epochs": 8}
+    assert config_from_json(FinetuneConfig, old) == dataclasses.replace(tiny(), out=None)
+    with pytest.raises(cli.UserError, match="momentum has no effect"):
+        config_from_json(FinetuneConfig, old | {"momentum": 0.8})
 
 
 def test_options_are_read_from_a_file_and_changed_on_the_command_line(capsys):
