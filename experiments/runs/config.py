@@ -8,6 +8,7 @@ import pathlib
 from typing import Any, ClassVar, Literal, TypeVar
 
 from experiments.cli import UserError
+from experiments.data.catalog import Stream
 from fqt_jax.estimators import Estimator, FullBatch, OneDraw
 from fqt_jax.kernels import check_implementation
 from fqt_jax.models import MODELS
@@ -22,6 +23,9 @@ from fqt_jax.recipe import (
     Threshold,
     recipe_by_name,
 )
+
+NO_PAD = "pad has no effect."
+NO_WORKERS = "workers have no effect."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +98,11 @@ class RunConfig:
     """Part of the training data held out for validation, in (0, 1)."""
     limit: int | None = None
     """Use at most this many training images."""
+    stream: Stream = "auto"
+    """Whether images are decoded while it trains, cropped and resized at random; auto: where the
+    files of the training images hold more than 2 GiB once they are decoded."""
+    workers: int | None = None
+    """Processes that decode streamed images; the default, 0, is threads of this process."""
     data_dir: pathlib.Path | None = None
     """Where tensorflow-datasets keeps its data; of folder the folder, which has one folder for each
     class (in train, val and test, or split by content); of npz the file."""
@@ -119,16 +128,22 @@ class RunConfig:
         "head_learning_rate",
         "diagnose",
         "test_each_epoch",
+        "workers",
     )
     """Options that are values in a training step, not constants of its program."""
 
     def __post_init__(self) -> None:
         if self.model not in MODELS:
             raise UserError(f"unknown model {self.model!r}; known models: {', '.join(MODELS)}.")
-        for name, lowest in (("epochs", 1), ("batch_size", 1), ("pad", 0), ("image_size", 1)):
+        lowest_of = {"epochs": 1, "batch_size": 1, "pad": 0, "image_size": 1, "workers": 0}
+        for name, lowest in lowest_of.items():
             value = getattr(self, name)
             if value is not None and value < lowest:
                 raise UserError(f"{name} must be at least {lowest}; got {value}.")
+        if self.stream == "yes" and self.pad is not None:
+            raise UserError(f"stream has random crops of its own: {NO_PAD}")
+        if self.stream == "no" and self.workers is not None:
+            raise UserError(f"stream is no: {NO_WORKERS}")
         if not 0 < self.validation_fraction < 1:
             raise UserError(
                 f"validation_fraction must be in (0, 1); got {self.validation_fraction}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import json
 import math
@@ -18,25 +19,18 @@ from flax import nnx
 
 from experiments import process
 from experiments.cli import UserError
-from experiments.data import epoch_order
+from experiments.data.schedule import Part
 from experiments.process import Interrupted, StopOnSignal
 from experiments.runs import reporting
+from experiments.runs.batches import Batches, batches
 from experiments.runs.checkpoints import RunCheckpoints
 from experiments.runs.config import RunConfig
 from experiments.runs.diagnosis import Diagnosis
 from experiments.runs.folders import write_json, write_text
-from experiments.runs.steps import (
-    METRICS,
-    Data,
-    build_eval_step,
-    build_train_step,
-    evaluate,
-    on_device,
-)
+from experiments.runs.steps import METRICS, Step, build_eval_step, build_train_step, evaluate
 from experiments.runs.summaries import read_summary, summarize
 from experiments.runs.tasks import Task, augmentation
 from fqt_jax.checkpoints import nonfinite_arrays, read_metadata, restore_checkpoint
-from fqt_jax.steps import GatheredEvalStep, GatheredTrainStep
 from fqt_jax.training import create_state, reset_metrics
 
 _IN_FLIGHT = 4
@@ -51,8 +45,8 @@ class Steps(NamedTuple):
     """An optimizer with its compiled steps: the same for runs that differ in seed or rates."""
 
     optimizer: optax.GradientTransformation
-    train: GatheredTrainStep
-    evaluate: GatheredEvalStep
+    train: Step
+    evaluate: Step
 
 
 SharedSteps = dict[Hashable, Steps]
@@ -158,16 +152,16 @@ class _Run:
             return summary
         self._restore()
         write_text(self.folder / "layers.txt", f"{self.task.table}\n")
-        dataset = self.task.dataset
-        train_data = on_device(dataset.train)
-        validation_data = on_device(dataset.validation)
         began = time.perf_counter()
-        with StopOnSignal() as stop, reporting.Progress(self.total_steps) as progress:
-            for epoch in range(int(self.state.step) // self.steps_per_epoch, self.config.epochs):
-                self._train_epoch(epoch, train_data, stop, progress)
-                self._end_epoch(epoch, validation_data, progress)
-                if stop.requested:
-                    self._save_and_stop(epoch)
+        with contextlib.closing(batches(self.config, self.task.dataset)) as made:
+            with StopOnSignal() as stop, reporting.Progress(self.total_steps) as progress:
+                first = int(self.state.step) // self.steps_per_epoch
+                for epoch in range(first, self.config.epochs):
+                    self._train_epoch(epoch, made, stop, progress)
+                    self._end_epoch(epoch, made, progress)
+                    if stop.requested:
+                        self._save_and_stop(epoch)
+            test = self._evaluate(made, "test", self.config.epochs)
         summary = summarize(
             self.config,
             self.task,
@@ -176,8 +170,9 @@ class _Run:
             start=self.start,
             steps=self.total_steps,
             last=self.history[-1],
-            test=self._evaluate(on_device(dataset.test)),
+            test=test,
             step_seconds=self.step_seconds,
+            wait_fraction=progress.wait_fraction,
             seconds=time.perf_counter() - began,
         )
         write_json(summary_path, summary)
@@ -185,16 +180,8 @@ class _Run:
         return summary
 
     def _train_epoch(
-        self, epoch: int, data: Data, stop: StopOnSignal, progress: reporting.Progress
+        self, epoch: int, made: Batches, stop: StopOnSignal, progress: reporting.Progress
     ) -> None:
-        labels = self.task.dataset.train.labels
-        order = epoch_order(
-            len(labels),
-            self.config.batch_size,
-            self.config.seed,
-            epoch,
-            labels=labels if self.config.stratify else None,
-        )
         in_flight: collections.deque[tuple[int, jax.Array]] = collections.deque()
         finished: list[float] = []
 
@@ -208,8 +195,13 @@ class _Run:
 
         progress.count_from_here()
         first = int(self.state.step) % self.steps_per_epoch
+        ahead = made.train(epoch, first)
         for i in range(first, self.steps_per_epoch):
-            self.state, loss = self.steps.train(self.state, data, order[i], self.key)
+            while in_flight and not made.ready():
+                wait()  # the device is busy: only what comes after that is waiting for data
+            with progress.waiting():
+                batch = next(ahead)
+            self.state, loss = self.steps.train(self.state, *batch, self.key)
             stop.defer()  # before its first step a run has nothing to save
             in_flight.append((epoch * self.steps_per_epoch + i + 1, loss))
             if not self.compiled:
@@ -225,12 +217,13 @@ class _Run:
                 self._save_and_stop(epoch)
         while in_flight:
             wait()
+        progress.count_to_here()
         self.step_seconds += np.diff(finished).tolist()
 
-    def _end_epoch(self, epoch: int, validation: Data, progress: reporting.Progress) -> None:
+    def _end_epoch(self, epoch: int, made: Batches, progress: reporting.Progress) -> None:
         self._check_finite(epoch)
         trained = self.state.metrics.means()
-        held_out = self._evaluate(validation)
+        held_out = self._evaluate(made, "validation", epoch)
         line: dict[str, Any] = {
             "epoch": epoch + 1,
             "step": int(self.state.step),
@@ -240,7 +233,7 @@ class _Run:
             "validation_accuracy": held_out["accuracy"],
         }
         if self.config.test_each_epoch:
-            line["test_accuracy"] = self._evaluate(on_device(self.task.dataset.test))["accuracy"]
+            line["test_accuracy"] = self._evaluate(made, "test", epoch)["accuracy"]
         if self.diagnosis:
             line["diagnosis"] = self.diagnosis.after_epoch(self.state)
         self.history.append(line)
@@ -255,8 +248,8 @@ class _Run:
         if self.diagnosis:
             self.diagnosis.report(self.history, self.folder)
 
-    def _evaluate(self, data: Data) -> dict[str, float]:
-        return evaluate(self.steps.evaluate, self.state, data, self.config.batch_size)
+    def _evaluate(self, made: Batches, part: Part, epoch: int) -> dict[str, float]:
+        return evaluate(self.steps.evaluate, self.state, made.evaluate(part, epoch))
 
     def _save(self) -> None:
         self.saved_at = time.perf_counter()

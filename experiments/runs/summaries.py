@@ -25,6 +25,7 @@ def summarize(
     last: dict[str, Any],
     test: dict[str, float],
     step_seconds: list[float],
+    wait_fraction: float,
     seconds: float,
 ) -> dict[str, Any]:
     """The summary of a run that is complete.
@@ -39,6 +40,7 @@ def summarize(
       last: the last epoch's line of ``metrics.jsonl``.
       test: loss and accuracy on the test split.
       step_seconds: how long its steps took each.
+      wait_fraction: the share of the time of training in which the device had no batch.
       seconds: how long all of it took.
     """
     gradient = config.build_recipe().gradient
@@ -64,6 +66,7 @@ def summarize(
         "test_accuracy": test["accuracy"],
         "test_images": len(task.dataset.test),
         "step_ms": _median_ms(step_seconds),
+        "wait_fraction": round(wait_fraction, 4),
         "seconds": round(seconds, 1),
     }
 

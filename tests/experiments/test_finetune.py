@@ -113,7 +113,7 @@ def test_a_stopped_run_resumes_with_the_numbers_of_an_unbroken_one(stop_at, monk
     for name, value in parameters("whole").items():
         np.testing.assert_array_equal(parameters("run")[name], value, err_msg=name)
     run, whole = (json.loads(pathlib.Path(f, "summary.json").read_text()) for f in ("run", "whole"))
-    timed = {"seconds": 0, "step_ms": 0}
+    timed = {"seconds": 0, "step_ms": 0, "wait_fraction": 0}
     assert {**run, **timed} == {**whole, **timed}
     main(FinetuneConfig(resume=pathlib.Path("run")))
     assert "complete already" in capsys.readouterr().out
