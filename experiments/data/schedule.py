@@ -1,29 +1,19 @@
-"""All batches of a run in the order in which it needs them, made ahead by threads or processes."""
+"""All batches of a run, in the order in which it needs them."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import multiprocessing
-import multiprocessing.connection
-import os
-import threading
-from collections.abc import Iterator
-from multiprocessing import resource_tracker
 from typing import Literal
 
 import numpy as np
 
 from experiments.data.batches import epoch_order
-from experiments.data.dataset import DataError, import_extra
+from experiments.data.dataset import DataError
 from experiments.data.streamed import Streamed
 
 Part = Literal["train", "validation", "test"]
 Batch = dict[str, np.ndarray]
-
-_MOST_THREADS = 16
-"""Each has a batch in memory; beyond, Python's lock is what they wait for."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -133,85 +123,3 @@ def _order(schedule: Schedule, epoch: int) -> np.ndarray:
     labels = schedule.train.labels if schedule.stratify else None
     n = len(schedule.train)
     return epoch_order(n, schedule.batch_size, schedule.seed, epoch, labels=labels)
-
-
-@contextlib.contextmanager
-def made_ahead(schedule: Schedule, first: int, workers: int) -> Iterator[Iterator[Batch]]:
-    """The batches of a schedule from one on, made ahead by Grain.
-
-    Args:
-      schedule: the batches.
-      first: the number of the first one.
-      workers: processes that make them; 0 for threads of this process, one for each processor.
-
-    Yields:
-      The batches. They are the same for any number of workers. No process is left when the context
-      is, or when this process ends in any way.
-
-    Raises:
-      DataError: Grain is not installed; later, an image cannot be read.
-      RuntimeError: later, a process ended that should not have.
-    """
-    grain = import_extra("grain", "experiments")
-    flags = import_extra("absl.flags", "experiments").FLAGS
-    if not flags.is_parsed():  # Grain reads its own flags, and stops where nobody has set any
-        flags.mark_as_parsed()
-    source = grain.MapDataset.source(schedule)[first:]
-    if workers:
-        _quiet_tracker()
-        reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-        dataset = source.to_iter_dataset(reading).mp_prefetch(
-            grain.MultiprocessingOptions(workers, per_worker_buffer_size=2),
-            worker_init_fn=_end_with_parent,
-        )
-    else:
-        threads = min(os.cpu_count() or 1, _MOST_THREADS)
-        dataset = source.to_iter_dataset(grain.ReadOptions(threads, threads + 1))
-    iterator = iter(dataset)
-    try:
-        yield _copied(iterator)
-    finally:
-        iterator.close()
-
-
-def _copied(iterator: Iterator[Batch]) -> Iterator[Batch]:
-    """The batches out of the memory that processes share, which goes with the processes."""
-    try:
-        for batch in iterator:
-            yield {name: np.array(array) for name, array in batch.items()}
-            del batch
-    except RuntimeError as error:
-        if "terminated unexpectedly" not in str(error):
-            raise
-        raise RuntimeError(
-            "a process that reads images was killed, perhaps for lack of memory: try fewer workers."
-        ) from error
-
-
-def _end_with_parent(worker: int, workers: int) -> None:
-    """Ends a worker with the process that started it, in whatever way that one ends."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def _quiet_tracker() -> None:
-    """Starts Python's process that cleans up after this one, and keeps it from printing.
-
-    Where a signal ends this process at once, it would say what it had to clean up.
-    """
-    name = "PYTHONWARNINGS"
-    before = os.environ.get(name)
-    os.environ[name] = "ignore"
-    try:
-        resource_tracker.ensure_running()
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

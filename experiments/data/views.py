@@ -43,12 +43,14 @@ def central(file: Image.Image, size: tuple[int, int]) -> np.ndarray:
     """
     image = to_rgb(file)
     height, width = size
-    scale = MARGIN * max(width / image.width, height / image.height)
-    scaled = image.resize(
-        (max(width, round(scale * image.width)), max(height, round(scale * image.height))),
-        Image.Resampling.BILINEAR,
-    )
-    left, top = round((scaled.width - width) / 2), round((scaled.height - height) / 2)
+    if width * image.height >= height * image.width:  # as torchvision rounds
+        wide = round(MARGIN * width)
+        high = int(wide * image.height / image.width)
+    else:
+        high = round(MARGIN * height)
+        wide = int(high * image.width / image.height)
+    left, top = round((wide - width) / 2), round((high - height) / 2)
+    scaled = image.resize((wide, high), Image.Resampling.BILINEAR)
     return np.asarray(scaled.crop((left, top, left + width, top + height)))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import queue
-import signal
 import threading
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -14,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.data import Dataset, Examples, Streamed, epoch_order
-from experiments.data.schedule import Batch, Part, Schedule, made_ahead
-from experiments.process import SIGNALS
+from experiments.data.ahead import made_ahead
+from experiments.data.schedule import Batch, Part, Schedule
 from experiments.runs.config import RunConfig
 from experiments.runs.tasks import flips
 from fqt_jax.batches import Padded
@@ -108,7 +107,7 @@ class Stream:
 
     Args:
       schedule: the batches.
-      workers: of :func:`experiments.data.schedule.made_ahead`.
+      workers: of :func:`experiments.data.ahead.made_ahead`.
     """
 
     def __init__(self, schedule: Schedule, workers: int):
@@ -155,9 +154,6 @@ class _Ahead:
         self._thread.start()
 
     def _fill(self, schedule: Schedule, first: int, workers: int) -> None:
-        # Threads and processes that are started from here inherit this: signals are for the main
-        # thread alone, and Ctrl-C, which a terminal sends to all of them, does not break workers.
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             with made_ahead(schedule, first, workers) as made:
                 for batch in made:
