@@ -64,7 +64,7 @@ def main(config: ExportConfig) -> None:
     about = exporting.description(options, dataset)
     size = export.save(model, config.out, about)
     try:
-        images = normalize(dataset.test.images[:_CHECKED], dataset.mean, dataset.std)
+        images = normalize(dataset.test.first(_CHECKED), dataset.mean, dataset.std)
         loaded = export.load(config.out, exporting.builder(about))
         expected = nnx.jit(lambda model, x: model(x))(model, images)
         if not np.array_equal(export.inference(loaded)(images), expected):

@@ -16,7 +16,16 @@ from experiments.sweeps.sweep import Group as SweepGroup
 from experiments.sweeps.sweep import Store
 from fqt_jax.recipe import RECIPES
 
-_NOT_COMPARED = ("seed", "pretrain_seed", "cache", "data_dir", "diagnose", "log", "save_minutes")
+_NOT_COMPARED = (
+    "seed",
+    "pretrain_seed",
+    "cache",
+    "data_dir",
+    "diagnose",
+    "log",
+    "save_minutes",
+    "workers",
+)
 """Options that make no other experiment of a run."""
 
 

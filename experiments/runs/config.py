@@ -8,6 +8,7 @@ import pathlib
 from typing import Any, ClassVar, Literal
 
 from experiments.cli import UserError
+from experiments.data.catalog import Stream
 from experiments.runs.ranges import check_numbers
 from fqt_jax.estimators import Estimator, FullBatch, OneDraw
 from fqt_jax.kernels import check_implementation
@@ -23,6 +24,9 @@ from fqt_jax.recipe import (
     Threshold,
     recipe_by_name,
 )
+
+NO_PAD = "pad has no effect."
+NO_WORKERS = "workers have no effect."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +112,11 @@ class RunConfig:
     """Part of the training data held out for validation, in (0, 1)."""
     limit: int | None = None
     """Use at most this many training images."""
+    stream: Stream = "auto"
+    """Whether images are decoded while it trains, cropped and resized at random; auto: where the
+    files of the training images hold more than 2 GiB once they are decoded."""
+    workers: int | None = None
+    """Processes that decode streamed images; the default, 0, is threads of this process."""
     data_dir: pathlib.Path | None = None
     """Where tensorflow-datasets keeps its data; of folder the folder, which has one folder for each
     class (in train, val and test, or split by content); of npz the file."""
@@ -143,6 +152,7 @@ class RunConfig:
         "patience",
         "log",
         "save_minutes",
+        "workers",
     )
     """Options that are values in a training step, not constants of its program."""
 
@@ -152,6 +162,10 @@ class RunConfig:
         check_numbers(self)
         if self.stem != "auto" and not has_stem(self.model):
             raise UserError(f"stem has no effect on {self.model}: it is of resnet18 and resnet34.")
+        if self.stream == "yes" and self.pad is not None:
+            raise UserError(f"stream has random crops of its own: {NO_PAD}")
+        if self.stream == "no" and self.workers is not None:
+            raise UserError(f"stream is no: {NO_WORKERS}")
         if self.out is not None and self.resume is not None:
             raise UserError("give either out, for a new run, or resume, for one that exists.")
         try:  # now, before any data are read and any folder is made

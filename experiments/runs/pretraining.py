@@ -15,7 +15,7 @@ from experiments.runs.summaries import read_summary
 
 RUNS = pathlib.Path("runs")
 """Where runs are that were given no folder."""
-_OF_NO_ACCOUNT = ("data_dir", "diagnose", "test_each_epoch", "log", "save_minutes")
+_OF_NO_ACCOUNT = ("data_dir", "diagnose", "test_each_epoch", "log", "save_minutes", "workers")
 """Options that make no difference to what is trained."""
 
 

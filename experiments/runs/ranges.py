@@ -20,6 +20,7 @@ _RANGES: tuple[tuple[str, int, float], ...] = (
     ("limit", 1, float("inf")),
     ("cosine_epochs", 1, float("inf")),
     ("patience", 1, float("inf")),
+    ("workers", 0, float("inf")),
 )
 """The whole numbers among the options, with the least and the greatest that they may be."""
 

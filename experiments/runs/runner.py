@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -18,9 +20,10 @@ from flax import nnx
 
 from experiments import process
 from experiments.cli import UserError
-from experiments.data import epoch_order
+from experiments.data.schedule import Part
 from experiments.process import Interrupted, StopOnSignal
 from experiments.runs import reporting
+from experiments.runs.batches import Batches, batches
 from experiments.runs.checkpoints import RunCheckpoints
 from experiments.runs.config import RunConfig
 from experiments.runs.diagnosis import Diagnosis
@@ -29,11 +32,10 @@ from experiments.runs.folders import write_json, write_text
 from experiments.runs.logs import Log, NoLog, open_log
 from experiments.runs.steps import (
     METRICS,
-    Data,
+    Step,
     build_eval_step,
     build_train_step,
     evaluate,
-    on_device,
     training_images,
 )
 from experiments.runs.stopping import best_epoch, reason_to_stop
@@ -42,7 +44,6 @@ from experiments.runs.tasks import Task, augmentation, resolved
 from fqt_jax.averaging import averaged_parameters
 from fqt_jax.batches import take
 from fqt_jax.checkpoints import nonfinite_arrays, read_metadata, restore_checkpoint
-from fqt_jax.steps import GatheredEvalStep, GatheredTrainStep
 from fqt_jax.training import TrainState, create_state, reset_metrics
 
 _IN_FLIGHT = 4
@@ -57,8 +58,8 @@ class Steps(NamedTuple):
     """An optimizer with its compiled steps: the same for runs that differ in seed or rates."""
 
     optimizer: optax.GradientTransformation
-    train: GatheredTrainStep
-    evaluate: GatheredEvalStep
+    train: Step
+    evaluate: Step
 
 
 SharedSteps = dict[Hashable, Steps]
@@ -178,25 +179,25 @@ class _Run:
         self.log = open_log(self.config, self.folder, self._steps_told())
         write_text(self.folder / "layers.txt", f"{self.task.table}\n")
         write_json(self.folder / "resolved.json", resolved(self.config, self.task.dataset))
-        dataset = self.task.dataset
-        train_data = on_device(dataset.train)
-        validation_data = on_device(dataset.validation)
         began = time.perf_counter()
-        with StopOnSignal() as stop, reporting.Progress(self.total_steps) as progress:
-            for epoch in range(int(self.state.step) // self.steps_per_epoch, self.config.epochs):
-                if reason_to_stop(self.history, self.config.patience):
-                    break
-                self._train_epoch(epoch, train_data, stop, progress)
-                self._end_epoch(epoch, validation_data, progress)
-                if stop.requested:
-                    self._save_and_stop(epoch)
-        stopped = reason_to_stop(self.history, self.config.patience)
-        if len(self.history) == self.config.epochs:
-            stopped = None
-        elif stopped:
-            print(f"stopped early, {stopped}")
-        steps = int(self.state.step)
-        chosen = self._choose()
+        with contextlib.closing(batches(self.config, self.task.dataset)) as made:
+            with StopOnSignal() as stop, reporting.Progress(self.total_steps) as progress:
+                first = int(self.state.step) // self.steps_per_epoch
+                for epoch in range(first, self.config.epochs):
+                    if reason_to_stop(self.history, self.config.patience):
+                        break
+                    self._train_epoch(epoch, made, stop, progress)
+                    self._end_epoch(epoch, made, progress)
+                    if stop.requested:
+                        self._save_and_stop(epoch)
+            stopped = reason_to_stop(self.history, self.config.patience)
+            if len(self.history) == self.config.epochs:
+                stopped = None
+            elif stopped:
+                print(f"stopped early, {stopped}")
+            steps = int(self.state.step)
+            chosen = self._choose()
+            test = self._evaluate(made, "test", self.config.epochs)
         summary = summarize(
             self.config,
             self.task,
@@ -206,8 +207,9 @@ class _Run:
             steps=steps,
             chosen=chosen,
             stopped=stopped,
-            test=self._evaluate(on_device(dataset.test)),
+            test=test,
             step_seconds=self.step_seconds,
+            wait_fraction=progress.wait_fraction,
             seconds=time.perf_counter() - began,
         )
         write_json(summary_path, summary)
@@ -229,21 +231,9 @@ class _Run:
             self.state = restore_checkpoint(self.checkpoints.at(best["step"]), self.state)
         return best
 
-    def _order(self, epoch: int) -> np.ndarray:
-        """The images of each step of an epoch."""
-        labels = self.task.dataset.train.labels
-        return epoch_order(
-            len(labels),
-            self.config.batch_size,
-            self.config.seed,
-            epoch,
-            labels=labels if self.config.stratify else None,
-        )
-
     def _train_epoch(
-        self, epoch: int, data: Data, stop: StopOnSignal, progress: reporting.Progress
+        self, epoch: int, made: Batches, stop: StopOnSignal, progress: reporting.Progress
     ) -> None:
-        order = self._order(epoch)
         in_flight: collections.deque[tuple[int, jax.Array]] = collections.deque()
         finished: list[float] = []
 
@@ -252,14 +242,19 @@ class _Run:
             value = float(loss)
             finished.append(time.perf_counter())
             if not math.isfinite(value):
-                where = self._where(step, data)
+                where = self._where(step, made)
                 raise self._diverged(f"the loss became {value} at step {step}{where}", epoch)
             progress.step(step, epoch, value, self.config.batch_size)
 
         progress.count_from_here()
         first = int(self.state.step) % self.steps_per_epoch
+        ahead = made.train(epoch, first)
         for i in range(first, self.steps_per_epoch):
-            self.state, loss = self.steps.train(self.state, data, order[i], self.key)
+            while in_flight and not made.ready():
+                wait()  # the device is busy: only what comes after that is waiting for data
+            with progress.waiting():
+                batch = next(ahead)
+            self.state, loss = self.steps.train(self.state, *batch, self.key)
             stop.defer()  # before its first step a run has nothing to save
             in_flight.append((epoch * self.steps_per_epoch + i + 1, loss))
             if not self.compiled:
@@ -278,12 +273,13 @@ class _Run:
                 self._save()
         while in_flight:
             wait()
+        progress.count_to_here()
         self.step_seconds += np.diff(finished).tolist()
 
-    def _end_epoch(self, epoch: int, validation: Data, progress: reporting.Progress) -> None:
+    def _end_epoch(self, epoch: int, made: Batches, progress: reporting.Progress) -> None:
         self._check_finite(epoch)
         trained = self.state.metrics.means()
-        held_out = self._evaluate(validation)
+        held_out = self._evaluate(made, "validation", epoch)
         line: dict[str, Any] = {
             "epoch": epoch + 1,
             "step": int(self.state.step),
@@ -293,7 +289,7 @@ class _Run:
             "validation_accuracy": held_out["accuracy"],
         }
         if self.config.test_each_epoch:
-            line["test_accuracy"] = self._evaluate(on_device(self.task.dataset.test))["accuracy"]
+            line["test_accuracy"] = self._evaluate(made, "test", epoch)["accuracy"]
         if self.diagnosis:
             line["diagnosis"] = self.diagnosis.after_epoch(self.state)
         self.history.append(line)
@@ -311,9 +307,9 @@ class _Run:
         if self.diagnosis:
             self.diagnosis.report(self.history, self.folder)
 
-    def _evaluate(self, data: Data) -> dict[str, float]:
+    def _evaluate(self, made: Batches, part: Part, epoch: int) -> dict[str, float]:
         state = dataclasses.replace(self.state, params=averaged_parameters(self.state))
-        return evaluate(self.steps.evaluate, state, data, self.config.batch_size)
+        return evaluate(self.steps.evaluate, state, made.evaluate(part, epoch))
 
     def _minutes_are_over(self) -> bool:
         minutes = self.config.save_minutes
@@ -344,26 +340,28 @@ class _Run:
                 epoch,
             )
 
-    def _where(self, step: int, data: Data) -> str:
+    def _where(self, step: int, made: Batches) -> str:
         """Where it began that a step's loss is not finite: the steps before it are taken again."""
         if self.save_seconds:  # a run of many, which is expected at the highest rates
             return ""
         path, _ = self.checkpoints.newest()
         state = self._beginning()
         state = restore_checkpoint(path, state) if path else state
-        print(
-            f"taking the steps from {int(state.step) + 1} again, to see where the loss went wrong"
+        print(f"taking the steps from {int(state.step) + 1} again, to see where that began")
+        epoch, first = divmod(int(state.step), self.steps_per_epoch)
+        steps = itertools.chain.from_iterable(
+            made.train(each, first if each == epoch else 0)
+            for each in range(epoch, self.config.epochs)
         )
-        for done in range(int(state.step), step - 1):
-            epoch, i = divmod(done, self.steps_per_epoch)
-            state, _ = self.steps.train(state, data, self._order(epoch)[i], self.key)
-        epoch, i = divmod(step - 1, self.steps_per_epoch)
+        for given in itertools.islice(steps, step - 1 - int(state.step)):
+            state, _ = self.steps.train(state, *given, self.key)
+        given = next(steps)
+        # The data and which of them, or the images themselves.
+        batch = take(*given) if len(given) == 2 else given[0]
         flip, pad = augmentation(self.config, self.task.dataset)
         preprocess = training_images(self.task.dataset, flip=flip, pad=pad)
-        batch = preprocess(
-            take(data, self._order(epoch)[i]), jax.random.fold_in(self.key, step - 1)
-        )
-        return f": {origin(self.graphdef, state, batch['image'])}"
+        images = preprocess(batch, jax.random.fold_in(self.key, step - 1))["image"]
+        return f": {origin(self.graphdef, state, images)}"
 
     def _diverged(self, what: str, epoch: int) -> Diverged:
         whole, _ = self.checkpoints.newest()

@@ -26,6 +26,7 @@ def summarize(
     stopped: str | None,
     test: dict[str, float],
     step_seconds: list[float],
+    wait_fraction: float,
     seconds: float,
 ) -> dict[str, Any]:
     """The summary of a run that is complete.
@@ -42,6 +43,7 @@ def summarize(
       stopped: why it stopped before its last epoch, if it did.
       test: loss and accuracy on the test split.
       step_seconds: how long its steps took each.
+      wait_fraction: the share of the time of training in which the device had no batch.
       seconds: how long all of it took.
     """
     gradient = config.build_recipe().gradient
@@ -71,6 +73,7 @@ def summarize(
         "test_accuracy": test["accuracy"],
         "test_images": len(task.dataset.test),
         "step_ms": _median_ms(step_seconds),
+        "wait_fraction": round(wait_fraction, 4),
         "seconds": round(seconds, 1),
     }
 

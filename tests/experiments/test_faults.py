@@ -162,7 +162,7 @@ def test_what_a_run_lost_is_trained_again_to_the_same_numbers(capsys):
     )
     assert f"resuming run from {before.name}, after step {2 * EPOCH} of {3 * EPOCH}" in printed
     assert lines(RUN) == whole
-    timed = {"seconds": 0, "step_ms": 0}
+    timed = {"seconds": 0, "step_ms": 0, "wait_fraction": 0}
     again = json.loads((RUN / "summary.json").read_text())
     assert {**again, **timed} == {**summary, **timed}
     assert list_checkpoints(CHECKPOINTS)[:2] == [newest, before]

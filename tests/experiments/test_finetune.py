@@ -88,7 +88,14 @@ def test_a_run_writes_its_folder(capsys):
     best = max(lines(folder), key=lambda line: line["validation_accuracy"])["step"]
     kept = {path.name for path in (folder / "checkpoints").iterdir()}
     assert kept == {f"step_{step:08d}" for step in (6, 9, best)}
-    resolved = {"image_size": 8, "flip": False, "pad": 0, "stem": "auto", "momentum": None}
+    resolved = {
+        "image_size": 8,
+        "flip": False,
+        "pad": 0,
+        "stem": "auto",
+        "momentum": None,
+        "stream": "no",
+    }
     resolved |= {"learning_rate": 1e-3, "head_learning_rate": 1e-3}
     assert summary["resolved"] == resolved
     assert json.loads((folder / "resolved.json").read_text()) == resolved
@@ -130,7 +137,7 @@ def test_a_stopped_run_resumes_with_the_numbers_of_an_unbroken_one(stop_at, monk
     for name, value in parameters("whole").items():
         np.testing.assert_array_equal(parameters("run")[name], value, err_msg=name)
     run, whole = (json.loads(pathlib.Path(f, "summary.json").read_text()) for f in ("run", "whole"))
-    timed = {"seconds": 0, "step_ms": 0}
+    timed = {"seconds": 0, "step_ms": 0, "wait_fraction": 0}
     assert {**run, **timed} == {**whole, **timed}
     main(FinetuneConfig(resume=pathlib.Path("run")))
     assert "complete already" in capsys.readouterr().out
@@ -174,7 +181,7 @@ def test_a_run_with_all_options_of_its_optimizer_is_saved_within_epochs(capsys):
 def test_a_run_without_patience_left_stops_and_tests_its_best_epoch(monkeypatch, capsys):
     validation, tested = iter([0.5, 0.7, 0.6, 0.7]), []
 
-    def evaluated(step, state, data, batch_size):
+    def evaluated(step, state, batches):
         accuracy = next(validation, None)
         if accuracy is None:
             tested.append(int(state.step))
@@ -195,7 +202,7 @@ def test_a_run_without_patience_left_stops_and_tests_its_best_epoch(monkeypatch,
     assert len(list(best.parent.iterdir())) == 3
     path.unlink()
     main(FinetuneConfig(resume=pathlib.Path("run")))
-    timed = {"seconds": 0, "step_ms": 0}
+    timed = {"seconds": 0, "step_ms": 0, "wait_fraction": 0}
     assert {**json.loads(path.read_text()), **timed} == {**summary, **timed}
     assert tested == [6, 6]
 

@@ -32,13 +32,19 @@ def test_images_a_second_leave_out_what_came_before(monkeypatch, capsys):
         for done in (2, 3):
             now[0] += 2.0
             progress.step(done, 0, 1.0, 32)
-        progress.epoch(LINE, 2)
+        progress.count_to_here()
         now[0] += 99.0  # validation
-        progress.count_from_here()
-        now[0] += 1.0
-        progress.step(4, 1, 1.0, 32)
         progress.epoch(LINE, 2)
-    assert re.findall(r"(\S+) images/s", capsys.readouterr().out) == ["-", "16", "32"]
+        progress.count_from_here()
+        with progress.waiting():
+            now[0] += 0.5
+        now[0] += 0.5
+        progress.step(4, 1, 1.0, 32)
+        progress.count_to_here()
+        progress.epoch(LINE, 2)
+    printed = re.findall(r"(\S+) images/s, (\S+) waiting for them", capsys.readouterr().out)
+    assert printed == [("-", "0%"), ("16", "0%"), ("32", "50%")]
+    assert progress.wait_fraction == 0.5 / 5.0
 
 
 def test_a_terminal_shows_each_epoch_above_the_bar(monkeypatch):

@@ -211,7 +211,7 @@ def test_a_worker_compiles_once_and_its_runs_are_those_of_their_own(monkeypatch)
     alone = tiny(seed=1, learning_rate=result.rate, out=pathlib.Path("alone"))
     finetune.main(alone)
     summary = json.loads(pathlib.Path("alone/summary.json").read_text())
-    timed = {"seconds": 0, "step_ms": 0}
+    timed = {"seconds": 0, "step_ms": 0, "wait_fraction": 0}
     assert {**result.summaries[1], **timed} == {**summary, **timed}
 
 
