@@ -92,7 +92,7 @@ def read_summary(path: pathlib.Path) -> dict[str, Any]:
     )
 
 
-_NAMES = {
+_NAMES = {  # all but what summaries of earlier versions lack
     "experiment",
     "dataset",
     "model",
