@@ -99,8 +99,7 @@ def read_summary(path: pathlib.Path) -> dict[str, Any]:
     )
 
 
-# What older versions wrote has these too.
-_NAMES = {
+_NAMES = {  # all but what summaries of earlier versions lack
     "experiment",
     "dataset",
     "model",

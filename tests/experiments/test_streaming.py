@@ -20,6 +20,8 @@ from experiments.data.ahead import made_ahead
 from experiments.data.schedule import Schedule
 from experiments.estimators import EstimatorsConfig
 from experiments.estimators import main as estimators
+from experiments.pipeline import PipelineConfig
+from experiments.pipeline import main as time_pipeline
 from experiments.runs import batches as run_batches
 from experiments.runs import exporting, runner
 from experiments.runs.config import RunConfig
@@ -359,3 +361,16 @@ def test_padding_of_what_turns_out_to_stream_is_refused(monkeypatch):
 def test_an_experiment_that_holds_its_images_refuses_to_stream():
     with pytest.raises(cli.UserError, match="stream and workers have no effect here"):
         estimators(EstimatorsConfig(stream="yes"))
+
+
+def test_reading_alone_is_timed(capsys):
+    options = {"dataset": "digits", "batch_size": 16}
+    time_pipeline(PipelineConfig(**options, workers=(0,), images=64))
+    title, columns, _, row = capsys.readouterr().out.strip().split("\n")
+    assert title == "digits, 16 x 16"
+    assert columns.split()[:2] == ["workers", "images/s"]
+    assert row.startswith("threads ")
+    with pytest.raises(cli.UserError, match="images must be at least two batches; got 31"):
+        PipelineConfig(**options, images=31)
+    with pytest.raises(cli.UserError, match="batch_size is 2000 for 1080 training images"):
+        time_pipeline(PipelineConfig("digits", batch_size=2000))
