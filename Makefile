@@ -4,16 +4,17 @@
 # make lint       formatting, lint and types
 # make docs       the documentation, in build/docs; a warning is an error
 # make sanitize   the native kernels under the address and undefined-behaviour sanitizers, spoilt calls too
-# make test-neon  the NEON kernels under an emulator (Debian: g++-aarch64-linux-gnu, qemu-user)
-# make test-avx512  the AVX-512 kernels, emulated (Debian: libsimde-dev)
-# make test-amx     the kernels on matrix tiles, emulated (Debian: libsimde-dev)
+# make test-neon      the NEON kernels under an emulator (Debian: g++-aarch64-linux-gnu, qemu-user)
+# make test-avx512    the AVX-512 kernels, emulated (Debian: libsimde-dev)
+# make test-vpopcnt   those that count bits, emulated (Debian: libsimde-dev)
+# make test-amx       those on matrix tiles, emulated (Debian: libsimde-dev)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 NATIVE := $(wildcard $(addprefix fqt_jax/kernels/csrc/, *.cc *.h *.inc CMakeLists.txt))
 
-.PHONY: finetune test test-all lint format docs sanitize test-neon test-avx512 test-amx clean
+.PHONY: finetune test test-all lint format docs sanitize test-neon test-avx512 test-vpopcnt test-amx clean
 
 finetune: $(VENV)/.experiments
 	$(BIN)/python -m experiments.finetune --learning-rate 1e-3 --epochs 10 --batch-size 64 $(ARGS)
@@ -71,7 +72,7 @@ test-neon:
 	aarch64-linux-gnu-g++ -static $(CHECK) $(ISAS) -o build/check-neon
 	qemu-aarch64 build/check-neon 0 $(CASES)
 
-test-avx512 test-amx: test-%:
+test-avx512 test-vpopcnt test-amx: test-%:
 	mkdir -p build
 	$(CXX) -mavx2 -mfma -mpopcnt -mbmi2 -DFQT_ONLY_ISA=$* $(CHECK) tests/kernels/native/$*_emulated.cc \
 	  -o build/check-$*

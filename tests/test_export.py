@@ -96,7 +96,13 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+LONG = {"resnet18", "unfused", "vgg_small"}
+"""Those that take longest to compile."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in MODELS]
+)
 def test_a_file_computes_the_same_bits(name):
     model, x = MODELS[name](), images()
     model.eval()
@@ -128,6 +134,7 @@ def test_the_model_stays_as_it_was():
     assert isinstance(model, fqt.Sequential)
 
 
+@pytest.mark.slow
 def test_the_file_of_a_resnet18_is_a_fifteenth_of_float():
     def build():
         net = create_model("resnet18", num_classes=10, in_features=3, rngs=nnx.Rngs(0))
@@ -138,7 +145,9 @@ def test_the_file_of_a_resnet18_is_a_fifteenth_of_float():
     assert export.save(model, "model.safetensors") * 15 < floats
 
 
-@pytest.mark.parametrize("name", ["resnet18", "unfused thresholds"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("resnet18", marks=pytest.mark.slow), "unfused thresholds"]
+)
 def test_a_portable_program_with_any_batch(name):
     model = MODELS[name]()
     program = export.to_stablehlo(model, ("batch", 16, 16, 1), platforms=("cpu", "cuda"))

@@ -113,7 +113,15 @@ LAYERS = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "sizes", "options", "shape"), LAYERS)
+# Every type stays among the quick ones; the rest runs with the slow tests.
+QUICK = (0, 3, 4, 7, 9, 10, 12)
+CASES = [
+    pytest.param(*layer, marks=[pytest.mark.slow] * (i not in QUICK))
+    for i, layer in enumerate(LAYERS)
+]
+
+
+@pytest.mark.parametrize(("kind", "sizes", "options", "shape"), CASES)
 def test_an_entry_knows_its_layers(kind, sizes, options, shape):
     layer = kind(*sizes, rngs=nnx.Rngs(0), **options)
     entry = type_of(layer)
@@ -137,7 +145,7 @@ def test_an_entry_knows_its_layers(kind, sizes, options, shape):
         assert entry.terms(new) == images.shape[3] * np.prod(window.size)
 
 
-@pytest.mark.parametrize(("kind", "sizes", "options", "shape"), LAYERS)
+@pytest.mark.parametrize(("kind", "sizes", "options", "shape"), CASES)
 def test_a_binary_layer_is_the_float_one_on_signs(kind, sizes, options, shape):
     """Output and gradients with float gradients, and the scale of each output channel."""
     layer = kind(*sizes, rngs=nnx.Rngs(0), **options)

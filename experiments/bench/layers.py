@@ -102,10 +102,10 @@ class Operands:
         compiled = jax.jit(function).lower(*operands).compile()
         return lambda: jax.block_until_ready(compiled(*operands))
 
-    def is_on_tiles(self, name: str) -> bool:
-        """Whether the native kernels compute one of :data:`PRODUCTS` on matrix tiles."""
+    def native_form(self, name: str) -> str:
+        """How the native kernels compute one of :data:`PRODUCTS`."""
         layer = self.layer
-        return native.uses_tiles(
+        return native.product_form(
             name.split()[0], layer.input, layer.output[3], window_of(layer), self.rounding.get(name)
         )
 
@@ -157,8 +157,8 @@ def measure_layers(
 
     Returns:
       ``layers``, a list with ``path``, ``shape``, ``count`` and, for each product,
-      ``g_products``, ``dot`` (summary in ms), ``on_tiles`` (whether ``native`` ran on matrix tiles)
-      and by implementation a summary in ms, or the reason why it does not serve the case;
+      ``g_products``, ``dot`` (summary in ms), ``native_form`` (how ``native`` computed it, or
+      ``None``) and by implementation a summary in ms, or the reason why it does not serve the case;
       ``totals`` over all layers; ``dot_rate``.
     """
     shapes = quantized_layers(setting)
@@ -205,7 +205,7 @@ def _measure_product(
         "dot": times.pop("dot"),
         "implementations": times,
         "declined": declined,
-        "on_tiles": "native" in times and operands.is_on_tiles(name),
+        "native_form": operands.native_form(name) if "native" in times else None,
     }
 
 

@@ -34,7 +34,9 @@ _LAYER_LEGEND = """\
 Products as FQT1 does them (4-bit gradients, a quarter of the groups kept), rounding included,
 packing of signs and drawing of groups excluded. ms; G products/s; and in parentheses how many
 times as fast as an fp32 BLAS matrix product of the same number of multiply-adds. What the native
-kernels computed on matrix tiles is marked so; the rest is by look-up."""
+kernels computed on matrix tiles or by counting bits is marked so; the rest is by look-up."""
+
+_FORM_MARKS = {"tiles": " tiles", "popcount": " popcount"}
 
 
 def tables(report: dict[str, Any], setting: Setting) -> str:
@@ -112,9 +114,8 @@ def _layer_table(run: dict[str, Any]) -> Table:
         for product, entry in layer["products"].items():
             times = {n: t["median"] for n, t in entry["implementations"].items()}
             cells = _product_cells(entry, entry["dot"]["median"], times, names)
-            if entry["on_tiles"]:
-                i = 1 + names.index("native")
-                cells[i] += " tiles"
+            if entry["native_form"] in _FORM_MARKS:
+                cells[1 + names.index("native")] += _FORM_MARKS[entry["native_form"]]
             rows.append([*head, product, *cells])
             head = ["", ""]
     for product, entry in run["totals"].items():

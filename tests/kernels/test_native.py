@@ -92,20 +92,27 @@ def test_instruction_sets_agree_bit_for_bit(bits):
         _native.select_isa(best)
 
 
-@pytest.mark.skipif("amx" not in _supported(), reason="no matrix tiles here")
+@pytest.mark.parametrize(("isa", "form"), [("amx", "tiles"), ("vpopcnt", "popcount")])
 @pytest.mark.parametrize("bits", [1, 4, 8])
-def test_matrix_tiles_agree_bit_for_bit_with_look_up(bits):
+def test_all_forms_agree_bit_for_bit_with_look_up(isa, form, bits):
     from fqt_jax.kernels import _native
 
-    assert not _native.product_uses_tiles("forward", 1, [3, 3, 8, 8, 3, 3, 1, 1, 1, 1, 1, 1], 1, 8)
-    expected = _products(np.random.default_rng(0), bits)
-    _native.prefer_tiles(True)
+    if isa not in _supported():
+        pytest.skip(f"no {isa} here")
+    best = _native.current_isa()
+    _native.select_isa(isa)
     try:
-        jax.clear_caches()
-        for a, b in zip(_products(np.random.default_rng(0), bits), expected, strict=True):
+        results = []
+        for each in ("look_up", form):
+            _native.prefer_form(each)
+            small = ("forward", 1, [3, 3, 8, 8, 3, 3, 1, 1, 1, 1, 1, 1], 1, 8)
+            assert _native.product_form(*small) == each
+            results.append(_products(np.random.default_rng(0), bits))
+        for a, b in zip(*results, strict=True):
             np.testing.assert_array_equal(a, b)
     finally:
-        _native.prefer_tiles(False)
+        _native.prefer_form("")
+        _native.select_isa(best)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +136,14 @@ def test_the_choice_of_a_kernel_checks_its_arguments(changed, message):
         "channels": 8,
     }
     with pytest.raises(ValueError, match=message):
-        _native.product_uses_tiles(**(arguments | changed))
+        _native.product_form(**(arguments | changed))
+
+
+def test_a_form_has_a_known_name():
+    from fqt_jax.kernels import _native
+
+    with pytest.raises(ValueError, match="a form is look_up, popcount or tiles; not 'magic'"):
+        _native.prefer_form("magic")
 
 
 def _run(code, **environment):

@@ -47,12 +47,38 @@ bool select_isa(const std::string& name) {
   return false;
 }
 
+std::string name_of(Form form) {
+  switch (form) {
+    case Form::look_up:
+      return "look_up";
+    case Form::popcount:
+      return "popcount";
+    case Form::tiles:
+      return "tiles";
+  }
+  return "";
+}
+
 namespace {
-std::atomic<bool> always_tiles{false};
+std::atomic<std::optional<Form>> preferred{std::nullopt};
 }  // namespace
 
-void prefer_tiles(bool always) { always_tiles = always; }
+void prefer_form(std::optional<Form> form) { preferred = form; }
 
-bool always_prefers_tiles() { return always_tiles.load(); }
+std::optional<Form> preferred_form() { return preferred.load(); }
+
+bool prefer_form(const std::string& name) {
+  if (name.empty()) {
+    prefer_form(std::nullopt);
+    return true;
+  }
+  for (Form form : {Form::look_up, Form::popcount, Form::tiles}) {
+    if (name == name_of(form)) {
+      prefer_form(form);
+      return true;
+    }
+  }
+  return false;
+}
 
 }  // namespace fqt

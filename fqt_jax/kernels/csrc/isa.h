@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -18,9 +19,12 @@
 #if defined(FQT_ONLY_ISA)  // for tests
 #define FQT_ISAS(X, argument) X(FQT_ONLY_ISA, argument)
 #elif defined(FQT_AMX)
-#define FQT_ISAS(X, argument) X(amx, argument) X(avx512, argument) X(avx2, argument) X(portable, argument)
+#define FQT_ISAS(X, argument) \
+  X(amx, argument)            \
+  X(vpopcnt, argument) X(avx512, argument) X(avx2, argument) X(portable, argument)
 #elif defined(__x86_64__)
-#define FQT_ISAS(X, argument) X(avx512, argument) X(avx2, argument) X(portable, argument)
+#define FQT_ISAS(X, argument) \
+  X(vpopcnt, argument) X(avx512, argument) X(avx2, argument) X(portable, argument)
 #elif defined(__aarch64__)
 #define FQT_ISAS(X, argument) X(neon, argument) X(portable, argument)
 #else
@@ -43,22 +47,22 @@
   case Isa::isa:                 \
     return isa::make(args);
 
-// States that `Args` are the arguments of a kernel that may come in two forms: `uses_tiles` says whether
-// an instruction set's is on matrix tiles rather than by look-up.
-#define FQT_PRODUCT(Args)                                      \
-  FQT_JOB(Args)                                                \
-  FQT_ISAS(FQT_DECLARE_USES_TILES, Args)                       \
-  inline bool uses_tiles(Isa isa, const Args& args) {          \
-    switch (isa) { FQT_ISAS(FQT_CALL_USES_TILES, Args) }       \
-    return false;                                              \
+// States that `Args` are the arguments of a product, which may come in several forms: `form_of` says
+// which one an instruction set takes.
+#define FQT_PRODUCT(Args)                             \
+  FQT_JOB(Args)                                       \
+  FQT_ISAS(FQT_DECLARE_FORM_OF, Args)                 \
+  inline Form form_of(Isa isa, const Args& args) {    \
+    switch (isa) { FQT_ISAS(FQT_CALL_FORM_OF, Args) } \
+    return Form::look_up;                             \
   }
-#define FQT_DECLARE_USES_TILES(isa, Args) \
-  namespace isa {                         \
-  bool uses_tiles(const Args&);           \
+#define FQT_DECLARE_FORM_OF(isa, Args) \
+  namespace isa {                      \
+  Form form_of(const Args&);           \
   }
-#define FQT_CALL_USES_TILES(isa, Args) \
-  case Isa::isa:                       \
-    return isa::uses_tiles(args);
+#define FQT_CALL_FORM_OF(isa, Args) \
+  case Isa::isa:                    \
+    return isa::form_of(args);
 
 namespace fqt {
 
@@ -77,8 +81,17 @@ Isa current_isa();
 // Chooses by name. Returns false for a name that is unknown or not supported here.
 bool select_isa(const std::string& name);
 
-// For tests: whether tiles are used, where there are any, for shapes too for which they are slower.
-void prefer_tiles(bool always);
-bool always_prefers_tiles();
+// How a product is computed. By look-up, each set can.
+enum class Form { look_up, popcount, tiles };
+
+std::string name_of(Form form);
+
+// For tests and measurements: the form to take wherever an instruction set has it, for shapes too for
+// which another is faster.
+void prefer_form(std::optional<Form> form);
+std::optional<Form> preferred_form();
+
+// Chooses by name. Returns false for a name that is unknown; "" is none.
+bool prefer_form(const std::string& name);
 
 }  // namespace fqt

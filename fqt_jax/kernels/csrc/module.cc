@@ -19,23 +19,26 @@ namespace {
 
 namespace nb = nanobind;
 
-// Whether the set in use computes a product on matrix tiles, for `sizes` as in make_geometry and so many
-// kept samples and channels.
-bool product_uses_tiles(const std::string& product, int64_t n, const std::vector<int64_t>& sizes,
-                        int64_t samples, int64_t channels) {
+// The form in which the set in use computes a product, for `sizes` as in make_geometry and so many kept
+// samples and channels.
+std::string product_form(const std::string& product, int64_t n, const std::vector<int64_t>& sizes,
+                         int64_t samples, int64_t channels) {
   try {
     const Geometry g = make_geometry(n, {sizes.data(), sizes.size()});
     require(samples >= 0 && samples <= g.n, "samples are out of range");
     require(channels >= 0 && channels <= g.o, "channels are out of range");
     const Kept kept_samples{samples, nullptr, nullptr}, kept_channels{channels, nullptr, nullptr};
     const Isa isa = current_isa();
-    if (product == "forward") return uses_tiles(isa, ForwardArgs{g, {}, {}, nullptr, false, 1});
+    if (product == "forward") {
+      return name_of(form_of(isa, ForwardArgs{g, {}, {}, nullptr, false, 1}));
+    }
     if (product == "input_grad") {
-      return uses_tiles(isa, InputGradArgs{g, nullptr, {}, kept_samples, {}, {}, false, nullptr, 1});
+      return name_of(
+          form_of(isa, InputGradArgs{g, nullptr, {}, kept_samples, {}, {}, false, nullptr, 1}));
     }
     require(product == "weight_grad", "the product must be forward, input_grad or weight_grad");
-    return uses_tiles(
-        isa, WeightGradArgs{g, nullptr, {}, kept_samples, kept_channels, {}, nullptr, 1});
+    return name_of(form_of(
+        isa, WeightGradArgs{g, nullptr, {}, kept_samples, kept_channels, {}, nullptr, 1}));
   } catch (const Invalid& invalid) {
     throw nb::value_error(invalid.message.c_str());
   }
@@ -56,9 +59,16 @@ NB_MODULE(_native, m) {
     for (Isa isa : supported_isas()) names.append(name_of(isa));
     return names;
   });
-  m.def("product_uses_tiles", &product_uses_tiles, nb::arg("product"), nb::arg("n"), nb::arg("sizes"),
+  m.def("product_form", &product_form, nb::arg("product"), nb::arg("n"), nb::arg("sizes"),
         nb::arg("samples"), nb::arg("channels"));
-  m.def("prefer_tiles", &prefer_tiles, nb::arg("always"));
+  m.def(
+      "prefer_form",
+      [](const std::string& name) {
+        if (!prefer_form(name)) {
+          throw nb::value_error(("a form is look_up, popcount or tiles; not '" + name + "'").c_str());
+        }
+      },
+      nb::arg("name"));
   m.def("current_isa", [] { return name_of(current_isa()); });
   m.def("select_isa", [](const std::string& name) {
     if (!select_isa(name)) {

@@ -2,7 +2,7 @@
 
 from fqt_jax.kernels.dispatch import Implementation
 from fqt_jax.kernels.native.calls import KERNELS
-from fqt_jax.kernels.native.calls import uses_tiles as uses_tiles
+from fqt_jax.kernels.native.calls import product_form as product_form
 from fqt_jax.kernels.native.library import call as call
 from fqt_jax.kernels.native.library import instruction_set as instruction_set
 from fqt_jax.kernels.native.library import unavailable as unavailable

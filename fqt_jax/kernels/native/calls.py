@@ -12,7 +12,7 @@ import numpy as np
 from fqt_jax.binarize import WORD_BITS, PackedBits
 from fqt_jax.kernels.contract import Pair, Rounding, Window, sum_dtype
 from fqt_jax.kernels.dispatch import Kernel
-from fqt_jax.kernels.native.library import call, unavailable
+from fqt_jax.kernels.native.library import call
 from fqt_jax.kernels.scaling import (
     declines_input_grad,
     declines_samplewise_weight_grad,
@@ -23,10 +23,10 @@ from fqt_jax.kernels.xla import IMPLEMENTATION as XLA
 from fqt_jax.samplers import Selection
 
 
-def uses_tiles(
+def product_form(
     product: str, x_shape: tuple[int, ...], o: int, window: Window, rounding: Rounding | None
-) -> bool:
-    """Whether an integer product runs on matrix tiles here, rather than by look-up.
+) -> str:
+    """How the native kernels compute an integer product here: which of their forms is the fastest.
 
     Args:
       product: ``forward``, ``input_grad`` or ``weight_grad``.
@@ -35,24 +35,25 @@ def uses_tiles(
       window: of the layer.
       rounding: of a gradient; ``None`` for ``forward``.
 
+    Returns:
+      ``look_up``, ``popcount`` or ``tiles`` (see ``csrc/README.md``).
+
     Raises:
       ValueError: sizes that no product has.
     """
-    if unavailable() is not None:
-        return False
     from fqt_jax.kernels import _native
 
     n, h, w, c = x_shape
     samples = None if rounding is None else rounding.samples
     channels = None if rounding is None else rounding.channels
-    answer: bool = _native.product_uses_tiles(
+    form: str = _native.product_form(
         product,
         n,
         _sizes((h, w), c, o, window).tolist(),
         n if samples is None else samples.indices.shape[0],
         o if channels is None else channels.indices.shape[0],
     )
-    return answer
+    return form
 
 
 def _forward(x: PackedBits, w: PackedBits, *, window: Window, platform: str) -> jax.Array:

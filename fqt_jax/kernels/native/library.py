@@ -1,10 +1,11 @@
 """C++ kernels for the CPU, called through XLA's foreign function interface.
 
 Products by table look-up: one byte shuffle looks up the sum of four products in as many channels
-as a vector has bytes (``csrc/tile.inc``); or on matrix tiles, where a processor has them
-(``csrc/amx.inc``). Codes are rounded inside the kernel, block by block, and the samples and
-channels that were not kept are never read. The instruction set is chosen at import; the environment
-variable ``FQT_JAX_ISA`` (``portable``, ``avx2``, ``avx512``, ``amx``, ``neon``) forces one.
+as a vector has bytes (``csrc/tile.inc``); by counting bits (``csrc/popcount_forward.inc``) or on
+matrix tiles (``csrc/amx.inc``), where a processor can. Codes are rounded inside the kernel, block
+by block, and the samples and channels that were not kept are never read. The instruction set is
+chosen at import; the environment variable ``FQT_JAX_ISA`` (``portable``, ``avx2``, ``avx512``,
+``vpopcnt``, ``amx``, ``neon``) forces one.
 How a call comes to its loop is in ``csrc/README.md``.
 """
 

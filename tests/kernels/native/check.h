@@ -47,7 +47,7 @@ inline Axis random_axis(Random& random) {
 
 inline Geometry random_geometry(Random& random) {
   const std::initializer_list<int64_t> channels = {0,  1,  2,  3,  4,  5,  8,  15, 16,  17,
-                                                   31, 32, 33, 63, 64, 65, 96, 97, 130, 200};
+                                                   31, 32, 33, 63, 64, 65, 96, 97, 128, 200};
   Geometry g{choose<int64_t>(random, {0, 1, 2, 3, 4, 5, 8, 13, 33}), choose(random, channels),
              choose(random, channels), random_axis(random), random_axis(random)};
   if (pick(random, 0, 9) == 0) g.y = g.x = {1, 1, 1, 1, 0};  // a dense layer
