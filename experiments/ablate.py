@@ -64,7 +64,7 @@ class AblateConfig(SweepConfig):
     task: str = "mnist5k to digits=digits:epochs=10,batch_size=64,learning_rate=1e-3"
     """Data set, as [LABEL=]NAME[:OPTION=VALUE,...], with options such as epochs or limit."""
     optimizer: str = "adam"
-    """Optimizer, with the options weight_decay, momentum and schedule."""
+    """Optimizer, with options such as weight_decay, momentum and schedule."""
     studies: tuple[str, ...] = tuple(STUDIES)
     """What is varied: baselines, bits, keep, sampler, groups, scale, clip, controls, estimators."""
     recipes: tuple[str, ...] = ()

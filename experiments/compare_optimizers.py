@@ -32,8 +32,8 @@ class CompareConfig(SweepConfig):
     recipes: tuple[str, ...] = ("qat", "psq1", "fqt1", "fqt1_plus")
     """Recipes, as [LABEL=]NAME[:OPTION=VALUE,...]."""
     optimizers: tuple[str, ...] = ("adam", "sgd")
-    """Optimizers, with the options learning_rate, which is then not tuned, weight_decay, momentum
-    and schedule."""
+    """Optimizers, with options such as weight_decay, momentum, schedule, and learning_rate, which
+    is then not tuned."""
     rates: tuple[float, ...] = ()
     """Learning rates to choose from; the default is 3e-4, 1e-3, 3e-3, and 1e-3 to 1e-1 for
     sgd."""

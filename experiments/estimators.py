@@ -278,7 +278,7 @@ def _squares(g: Any, ends: np.ndarray) -> Any:
 def main(config: EstimatorsConfig) -> None:
     """Runs the experiment."""
     began = time.perf_counter()
-    dataset = tasks.load_dataset(config)
+    dataset = tasks.load_dataset(config, can_stream=False)
     if max(config.batch_size, config.images) > len(dataset.train):
         raise cli.UserError(f"there are only {len(dataset.train)} training images.")
     folder = folders.run_folder(config, "estimators")
@@ -293,7 +293,7 @@ def main(config: EstimatorsConfig) -> None:
     estimators = {label: estimator(run) for label, run in runs.items()}
     exact = estimator(dataclasses.replace(next(iter(runs.values())), **_FLOAT_GRADIENT))
     images = normalize(
-        jnp.asarray(dataset.train.images[: config.images]), mean=dataset.mean, std=dataset.std
+        jnp.asarray(dataset.train.first(config.images)), mean=dataset.mean, std=dataset.std
     )
     labels = jnp.asarray(dataset.train.labels[: config.images])
     batch, order = (images, labels), jnp.argsort(labels, stable=True)

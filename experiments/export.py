@@ -19,9 +19,10 @@ from flax import nnx
 from experiments import cli
 from experiments.data.augment import normalize
 from experiments.runs import exporting, folders, tasks
-from experiments.runs.config import RunConfig, config_from_json
+from experiments.runs.config import RunConfig
 from experiments.runs.finetuning import FinetuneConfig
 from experiments.runs.pretraining import PretrainConfig
+from experiments.runs.saved_config import config_from_json
 from fqt_jax import export
 from fqt_jax.checkpoints import load_parameters, read_metadata
 
@@ -63,7 +64,7 @@ def main(config: ExportConfig) -> None:
     about = exporting.description(options, dataset)
     size = export.save(model, config.out, about)
     try:
-        images = normalize(dataset.test.images[:_CHECKED], dataset.mean, dataset.std)
+        images = normalize(dataset.test.first(_CHECKED), dataset.mean, dataset.std)
         loaded = export.load(config.out, exporting.builder(about))
         expected = nnx.jit(lambda model, x: model(x))(model, images)
         if not np.array_equal(export.inference(loaded)(images), expected):

@@ -26,9 +26,10 @@ from experiments import cli
 from experiments.data import Dataset
 from experiments.data.augment import normalize
 from experiments.runs import folders, tasks
+from experiments.runs.batches import gathered, on_device
 from experiments.runs.config import RunConfig
 from experiments.runs.plain_training import plain_epochs
-from experiments.runs.steps import build_eval_step, evaluate, on_device
+from experiments.runs.steps import build_eval_step, evaluate
 from experiments.show import gradients as gradient_pictures
 from experiments.show.formats import Table, show
 from fqt_jax import diagnostics
@@ -87,7 +88,7 @@ class Batch(NamedTuple):
 def main(config: StatisticsConfig) -> None:
     """Runs the experiment."""
     began = time.perf_counter()
-    dataset = tasks.load_dataset(config)
+    dataset = tasks.load_dataset(config, can_stream=False)
     if max(config.batch_size, config.diagnosed_images) > len(dataset.train):
         raise cli.UserError(f"there are only {len(dataset.train)} training images.")
     task = tasks.build_task(config, dataset, None)
@@ -95,7 +96,7 @@ def main(config: StatisticsConfig) -> None:
     print(task.table)
     n = config.diagnosed_images
     batch = Batch(
-        normalize(dataset.train.images[:n], dataset.mean, dataset.std),
+        normalize(dataset.train.first(n), dataset.mean, dataset.std),
         jnp.asarray(dataset.train.labels[:n]),
         jax.random.key(config.seed + 1),
     )
@@ -143,7 +144,7 @@ def _train(
     for epoch, graphdef, state in plain_epochs(config, dataset, model):
         if step is None:
             step = build_eval_step(dataset, graphdef)
-        validation = evaluate(step, state, held_out, config.batch_size)
+        validation = evaluate(step, state, gathered(held_out, config.batch_size))
         trained = state.metrics.means() if epoch else None
         yield (
             epoch,

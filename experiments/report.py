@@ -49,6 +49,8 @@ def main(config: ReportConfig) -> None:
     found = read(config.runs)
     groups = group(found.runs)
     tables = [*result_tables(groups), *found.tables, *difference_tables(groups)]
+    if found.damaged:
+        tables.append(damaged_table(found))
     config.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(config.out, page(config.title, found, groups))
     write_text(config.out.with_suffix(".md"), to_markdown(tables))
@@ -114,6 +116,11 @@ def difference_tables(groups: Sequence[Group]) -> list[Table]:
     return tables
 
 
+def damaged_table(found: Found) -> Table:
+    """The runs that were left out, and what is wrong with each."""
+    return Table("Runs left out", ["what is wrong"], [[message] for message in found.damaged])
+
+
 def page(title: str, found: Found, groups: Sequence[Group]) -> str:
     """The page, whole."""
     parts = []
@@ -132,6 +139,8 @@ def page(title: str, found: Found, groups: Sequence[Group]) -> str:
     if found.tables:
         tables = "".join(_wide(table) for table in found.tables)
         parts.append(f"<section><h2>Tables of the sweeps</h2>{tables}</section>")
+    if found.damaged:
+        parts.append(f"<section><h2>Left out</h2>{_wide(damaged_table(found))}</section>")
     if found.runs:
         parts.append(_options(found, groups))
     body = "\n".join(parts)
@@ -219,7 +228,7 @@ main { max-width: 62rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
 h1 { font-size: 1.7rem; margin: 0 0 .3rem; }
 h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; border-bottom: 1px solid var(--line); }
 p, figcaption, summary { color: var(--faint); }
-.wide { overflow-x: auto; margin: 1rem 0; }
+.wide { overflow-x: auto; margin: 1rem 0; max-width: 100%; }
 .wide p { font-size: .85rem; margin: .3rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 caption { text-align: left; font-weight: 600; padding-bottom: .3rem; }
@@ -227,7 +236,12 @@ th, td { padding: .25rem .8rem .25rem 0; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; }
 tbody tr:nth-child(even) { background: var(--band); }
-figure { margin: 1rem 0; }
+/* The names stay where they are while the numbers scroll under them. */
+th:first-child, td:first-child { position: sticky; left: 0; background: var(--paper);
+  white-space: normal; min-width: 8rem; max-width: 60vw; }
+tbody tr:nth-child(even) td:first-child { background: var(--band); }
+figure { margin: 1rem 0; overflow-x: auto; }
+figure svg { display: block; height: auto; min-width: 30rem; }
 figcaption { font-size: .85rem; }
 summary { cursor: pointer; }
 pre { overflow-x: auto; font-size: .8rem; }
@@ -236,7 +250,9 @@ pre { overflow-x: auto; font-size: .8rem; }
   main { max-width: none; padding: 0; }
   table { font-size: .62rem; }
   th, td { padding: .12rem .35rem; }
-  .wide { overflow: visible; }
+  .wide, figure { overflow: visible; }
+  th:first-child, td:first-child { position: static; max-width: none; }
+  figure svg { min-width: 0; }
   .wide, figure { break-inside: avoid; }
   h2 { break-after: avoid; }
   details:not([open], .options) { display: none; }

@@ -88,7 +88,7 @@ class TablesConfig(SweepConfig):
     recipes: tuple[str, ...] = _RECIPES
     """Recipes, as [LABEL=]NAME[:OPTION=VALUE,...]."""
     optimizer: str = "adam"
-    """Optimizer, with the options weight_decay, momentum and schedule."""
+    """Optimizer, with options such as weight_decay, momentum and schedule."""
     jobs: int = 0
     """Processes at a time; 0 for the preset's, 2 for embedded and 1 for paper."""
     tune: tuple[float, ...] = ()

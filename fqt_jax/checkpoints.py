@@ -153,9 +153,9 @@ def load_parameters(path: Path, model: nnx.Module, *, new_head: str | None = Non
     """Loads parameters and batch statistics into a model, in place; the rest stays as it is.
 
     Float and quantized models have the same parameters, so a checkpoint of either loads into the
-    other. Learned weight scales that the checkpoint lacks start from the loaded weights' means.
-    Thresholds of signs that only one of the two has are left out
-    (:func:`fqt_jax.calibrate`).
+    other. Where training averaged the parameters (:mod:`fqt_jax.averaging`), the average is loaded.
+    Learned weight scales that the checkpoint lacks start from the loaded weights' means. Thresholds
+    of signs that only one of the two has are left out (:func:`fqt_jax.calibrate`).
 
     Args:
       path: the checkpoint.
@@ -174,6 +174,12 @@ def load_parameters(path: Path, model: nnx.Module, *, new_head: str | None = Non
         name.split(".", 1)[1]: array
         for name, array in arrays.items()
         if name.startswith(("params.", "others."))
+    }
+    averaged = "opt_state.average."
+    saved |= {
+        name.removeprefix(averaged): array
+        for name, array in arrays.items()
+        if name.startswith(averaged)
     }
     state = nnx.state(model, (nnx.Param, nnx.BatchStat))
     named = [(leaf_name(key), value) for key, value in jax.tree_util.tree_leaves_with_path(state)]

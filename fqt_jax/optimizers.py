@@ -1,4 +1,4 @@
-"""Optimizers, on Optax, with a learning rate for the head and one for the rest."""
+"""Optimizers, on Optax: rates for head and rest, their course, clipping, freezing, averaging."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fqt_jax import kernels
+from fqt_jax.adam import adam as adam
+from fqt_jax.adam import scale_by_adam as scale_by_adam
+from fqt_jax.averaging import averaging
 from fqt_jax.tree import leaf_name
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """An optimizer with a rate for the head and one for the rest.
+    r"""An optimizer with a rate for the head and one for the rest.
 
     The defaults are those of arXiv 2408.14267, section 5: Adam with 1e-3 for the head and 1e-5 for
     the rest, or SGD of momentum 0.9 with 1e-3 and 1e-4; weight decay 1e-5, added to the gradient;
@@ -29,13 +31,23 @@ class OptimizerConfig:
       head_learning_rate: of the parameters of the head; ``None`` for the default, or
         ``learning_rate`` if that is given.
       weight_decay: factor of the parameter that is added to its gradient.
-      momentum: of SGD.
+      momentum: of SGD; ``None`` for 0.9. No other optimizer takes it.
       schedule: ``"cosine"``, to zero over the run, or ``"constant"``.
+      warmup: part of the run's steps, in [0, 1), over which the rates rise from 0 in a line; the
+        schedule begins after it.
+      cycles: how many cosines, of equal length, follow each other; each begins at the peak.
+      clip_norm: the most that the global norm of the gradient may be, before weight decay is added;
+        ``None`` for no limit. Frozen parameters do not count.
+      ema_decay: if given, the state has the exponential moving average of the parameters too; see
+        :func:`fqt_jax.averaging.averaged_parameters`.
       head: regular expression that matches the names of the head's parameters, such as
         ``head.kernel``.
+      freeze: regular expression that matches the names of parameters that get no update and no
+        weight decay, such as ``stem\..*``.
 
     Raises:
-      ValueError: an unknown name or schedule, or a number out of range.
+      ValueError: an unknown name or schedule, a number out of range, a pattern that is none, or an
+        option that has no effect on this optimizer or schedule.
 
     Example:
       >>> OptimizerConfig().rates()
@@ -48,9 +60,14 @@ class OptimizerConfig:
     learning_rate: float | None = None
     head_learning_rate: float | None = None
     weight_decay: float = 1e-5
-    momentum: float = 0.9
+    momentum: float | None = None
     schedule: str = "cosine"
+    warmup: float = 0.0
+    cycles: int = 1
+    clip_norm: float | None = None
+    ema_decay: float | None = None
     head: str = r"head\..*"
+    freeze: str | None = None
 
     def __post_init__(self) -> None:
         known = self.name in ("adam", "sgd") or _takes_learning_rate(self.name)
@@ -67,8 +84,29 @@ class OptimizerConfig:
                 raise ValueError(f"{field} must be a number from 0 on; got {rate}.")
         if not 0 <= self.weight_decay < float("inf"):
             raise ValueError(f"weight_decay must be a number from 0 on; got {self.weight_decay}.")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1); got {self.momentum}.")
+        if self.momentum is not None:
+            if self.name != "sgd":
+                raise ValueError(f"momentum has no effect on {self.name}: it is of sgd.")
+            if not 0 <= self.momentum < 1:
+                raise ValueError(f"momentum must be in [0, 1); got {self.momentum}.")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup must be in [0, 1); got {self.warmup}.")
+        if isinstance(self.cycles, bool) or not isinstance(self.cycles, int) or self.cycles < 1:
+            raise ValueError(f"cycles must be a whole number from 1 on; got {self.cycles}.")
+        if self.cycles > 1 and self.schedule == "constant":
+            raise ValueError("cycles have no effect on a constant schedule: they are of cosines.")
+        if self.clip_norm is not None and not 0 < self.clip_norm < float("inf"):
+            raise ValueError(f"clip_norm must be a positive number; got {self.clip_norm}.")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in (0, 1); got {self.ema_decay}.")
+        for field in ("head", "freeze"):
+            try:
+                re.compile(getattr(self, field) or "")
+            except re.error as error:
+                raise ValueError(
+                    f"{field} must be a regular expression; {getattr(self, field)!r} is none: "
+                    f"{error}."
+                ) from None
 
     def rates(self) -> tuple[float, float]:
         """Learning rates of the rest and of the head, with the defaults filled in."""
@@ -77,6 +115,38 @@ class OptimizerConfig:
             rest = head = self.learning_rate
         return rest, head if self.head_learning_rate is None else self.head_learning_rate
 
+    def momentum_or_default(self) -> float | None:
+        """The momentum of SGD, with the default filled in; ``None`` for another optimizer."""
+        return 0.9 if self.name == "sgd" and self.momentum is None else self.momentum
+
+    def labels(self, params: Any) -> Any:
+        """What becomes of each parameter: ``"rest"``, ``"head"`` or ``"frozen"``.
+
+        Raises:
+          ValueError: no parameter's name matches ``freeze``, or all do; or none matches ``head``
+            although its rate differs.
+
+        Example:
+          >>> config = OptimizerConfig(freeze="stem.*")
+          >>> config.labels({"stem": {"kernel": 1.0}, "body": 1.0, "head": {"bias": 1.0}})
+          {'body': 'rest', 'head': {'bias': 'head'}, 'stem': {'kernel': 'frozen'}}
+        """
+        rest, head = self.rates()
+        names = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        heads = {name for name in names if rest != head and re.fullmatch(self.head, name)}
+        if rest != head and not heads:
+            raise ValueError(f"no parameter's path matches the head's pattern {self.head!r}.")
+        frozen: set[str] = set()
+        if self.freeze is not None:
+            frozen = {name for name in names if re.fullmatch(self.freeze, name)}
+            if not frozen or len(frozen) == len(names):
+                whom = "all parameters are matched" if frozen else "no parameter is matched"
+                raise ValueError(
+                    f"{whom} by freeze={self.freeze!r}; there are {_shortened(names)}."
+                )
+        found = ["frozen" if n in frozen else "head" if n in heads else "rest" for n in names]
+        return jax.tree.unflatten(jax.tree.structure(params), found)
+
     def build(self, params: Any, total_steps: int) -> optax.GradientTransformation:
         """The Optax optimizer for ``params`` over ``total_steps`` steps.
 
@@ -84,19 +154,23 @@ class OptimizerConfig:
         compiled step serves every rate; see :meth:`set_rates`.
 
         Raises:
-          ValueError: no parameter's path matches ``head`` although its rate differs.
+          ValueError: as :meth:`labels`.
         """
         rest, head = self.rates()
-        whole = self._transform({"learning_rate": rest}, total_steps)
-        if rest == head:
-            return whole
-        labels = jax.tree_util.tree_map_with_path(
-            lambda path, _: "head" if re.fullmatch(self.head, leaf_name(path)) else "rest", params
-        )
-        if "head" not in jax.tree.leaves(labels):
-            raise ValueError(f"no parameter's path matches the head's pattern {self.head!r}.")
-        of_head = self._transform({"head_learning_rate": head}, total_steps)
-        return optax.partition({"rest": whole, "head": of_head}, labels)
+        labels = self.labels(params)
+        optimizer = self._transform({"learning_rate": rest}, total_steps)
+        if rest != head or self.freeze is not None:
+            parts = {"rest": optimizer}
+            if rest != head:
+                parts["head"] = self._transform({"head_learning_rate": head}, total_steps)
+            if self.freeze is not None:
+                parts["frozen"] = optax.set_to_zero()
+            optimizer = optax.partition(parts, labels)
+        if self.clip_norm is not None:
+            trained = jax.tree.map(lambda label: label != "frozen", labels)
+            clip = optax.masked(optax.clip_by_global_norm(self.clip_norm), trained)
+            optimizer = optax.chain(clip, optimizer)
+        return optimizer if self.ema_decay is None else averaging(optimizer, self.ema_decay)
 
     def set_rates(self, opt_state: Any) -> Any:
         """The state with the rates of this configuration in place of those it was built with.
@@ -126,11 +200,9 @@ class OptimizerConfig:
         """The optimizer of some parameters; ``rates`` has its rate, by its name in the state."""
 
         def build(learning_rate: Any) -> optax.GradientTransformation:
-            schedule = learning_rate
-            if self.schedule == "cosine":
-                schedule = optax.cosine_decay_schedule(learning_rate, max(1, total_steps))
+            schedule = self._course(learning_rate, total_steps)
             if self.name == "sgd":
-                return optax.sgd(schedule, momentum=self.momentum or None)
+                return optax.sgd(schedule, momentum=self.momentum_or_default() or None)
             if self.name == "adam":
                 return adam(schedule)
             return getattr(optax, self.name)(schedule)
@@ -144,78 +216,23 @@ class OptimizerConfig:
             return optimizer
         return optax.chain(optax.add_decayed_weights(self.weight_decay), optimizer)
 
-
-def adam(
-    learning_rate: optax.ScalarOrSchedule, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
-) -> optax.GradientTransformation:
-    """:func:`optax.adam`, its moments on :func:`scale_by_adam`.
-
-    Args:
-      learning_rate: a number or a schedule.
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      eps: added to the root of the second moment.
-
-    Returns:
-      A transformation whose state has the structure of :func:`optax.adam`'s.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> optimizer = adam(0.1)
-      >>> params = jnp.array([1.0, -2.0])
-      >>> updates, state = optimizer.update(jnp.array([3.0, -0.5]), optimizer.init(params))
-      >>> [round(float(u), 3) for u in updates]  # the rate against the sign of the gradient
-      [-0.1, 0.1]
-    """
-    return optax.chain(
-        scale_by_adam(b1, b2, eps),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    def _course(self, peak: Any, total_steps: int) -> Any:
+        """The learning rate by the number of steps taken."""
+        rising = round(self.warmup * total_steps)
+        length = max(1, round((total_steps - rising) / self.cycles))
+        course = peak
+        if self.schedule == "cosine":
+            cosine = optax.cosine_decay_schedule(peak, length)
+            course = cosine if self.cycles == 1 else lambda count: cosine(count % length)
+        if not rising:
+            return course
+        after = course if callable(course) else optax.constant_schedule(peak)
+        return optax.join_schedules([optax.linear_schedule(0.0, peak, rising), after], [rising])
 
 
-def scale_by_adam(
-    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
-) -> optax.GradientTransformation:
-    r""":func:`optax.scale_by_adam` that goes over memory once on CPUs.
-
-    .. math:: m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad
-       v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
-       u = \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
-
-    (Kingma and Ba, arXiv 1412.6980.) XLA's CPU compiler makes several loops of these and copies
-    the moments between them, which costs a seventh of a binary network's whole step. One loop of
-    the native kernels updates each in place. The two differ by rounding.
-
-    Args:
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      eps: added to the root of the second moment.
-
-    Returns:
-      A transformation with Optax's state, :class:`optax.ScaleByAdamState`.
-
-    Raises:
-      ValueError: a decay is outside [0, 1), or ``eps`` is negative.
-    """
-    for name, decay in (("b1", b1), ("b2", b2)):
-        if not 0 <= decay < 1:
-            raise ValueError(f"{name} must be in [0, 1); got {decay}.")
-    if not 0 <= eps < float("inf"):
-        raise ValueError(f"eps must be a number from 0 on; got {eps}.")
-    plain = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
-        count = optax.safe_increment(state.count)
-        inverse1, inverse2 = (1 / (1 - jnp.float32(decay) ** count) for decay in (b1, b2))
-        numbers = (1 - b1, b1, 1 - b2, b2, inverse1, inverse2, eps)
-        factors = jnp.stack([jnp.asarray(number, jnp.float32) for number in numbers])
-        grads, treedef = jax.tree.flatten(updates)
-        moments = (jax.tree.leaves(state.mu), jax.tree.leaves(state.nu))
-        results = [kernels.adam(*each, factors) for each in zip(grads, *moments, strict=True)]
-        direction, mu, nu = (jax.tree.unflatten(treedef, [r[i] for r in results]) for i in range(3))
-        return direction, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
-
-    return optax.GradientTransformation(plain.init, update)
+def _shortened(names: list[str], most: int = 6) -> str:
+    more = [f"{len(names) - most} more"] if len(names) > most else []
+    return ", ".join([*names[:most], *more])
 
 
 def _takes_learning_rate(name: str) -> bool:

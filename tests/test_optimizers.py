@@ -1,9 +1,13 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
+from fqt_jax.averaging import averaged_parameters
 from fqt_jax.optimizers import OptimizerConfig, adam
 from fqt_jax.training import create_state, gather_on_device, make_train_step
 from tests.test_training import LOSS, data, equal, small_model
@@ -77,12 +81,108 @@ def test_weight_decay_is_added_to_the_gradient():
         ({"learning_rate": -1.0}, "learning_rate"),
         ({"head_learning_rate": float("nan")}, "head_learning_rate"),
         ({"weight_decay": float("inf")}, "weight_decay"),
-        ({"momentum": 1.0}, "momentum"),
+        ({"name": "sgd", "momentum": 1.0}, r"momentum must be in \[0, 1\)"),
+        ({"momentum": 0.9}, "momentum has no effect on adam"),
+        ({"name": "lion", "momentum": 0.0}, "momentum has no effect on lion"),
+        ({"warmup": 1.0}, r"warmup must be in \[0, 1\)"),
+        ({"cycles": 0}, "cycles must be a whole number from 1 on"),
+        ({"cycles": 1.5}, "cycles must be a whole number"),
+        ({"cycles": 2, "schedule": "constant"}, "cycles have no effect on a constant"),
+        ({"clip_norm": 0.0}, "clip_norm must be a positive number"),
+        ({"ema_decay": 1.0}, r"ema_decay must be in \(0, 1\)"),
+        ({"freeze": "stem("}, r"freeze must be a regular expression; 'stem\(' is none"),
     ],
 )
 def test_bad_optimizers_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         OptimizerConfig(**options)
+
+
+def descent(params, grads, steps, **options):
+    """How far each step of plain descent at the rate 1 moves the parameters."""
+    config = OptimizerConfig(
+        **{"name": "sgd", "learning_rate": 1.0, "momentum": 0.0, "weight_decay": 0.0, **options}
+    )
+    optimizer = config.build(params, steps)
+    state, moves = optimizer.init(params), []
+    for _ in range(steps):
+        updates, state = optimizer.update(grads, state, params)
+        moves.append(jax.tree.map(lambda u: -float(u[0]), updates))
+    return moves
+
+
+COSINE = [(1 + np.cos(np.pi * k / 4)) / 2 for k in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("options", "rates"),
+    [
+        ({"cycles": 2}, COSINE * 2),
+        ({"warmup": 0.5}, [0, 0.25, 0.5, 0.75, *COSINE]),
+        ({"warmup": 1 / 3, "cycles": 2}, [0, 0.25, 0.5, 0.75, *COSINE, *COSINE]),
+        ({"warmup": 0.5, "schedule": "constant"}, [0, 0.5, 1, 1]),
+    ],
+)
+def test_rates_rise_first_and_cosines_begin_again(options, rates):
+    ones = {"w": jnp.ones(1)}
+    moves = descent(ones, ones, len(rates), **options)
+    np.testing.assert_allclose([move["w"] for move in moves], rates, atol=1e-6)
+
+
+def test_frozen_parameters_stay_and_count_for_no_norm():
+    params = {"head": {"kernel": jnp.ones(1)}, "stem": {"kernel": jnp.ones(1), "bias": jnp.ones(1)}}
+    grads = {"head": {"kernel": 3 * params["head"]["kernel"]}, "stem": {"kernel": 4 * jnp.ones(1)}}
+    grads["stem"]["bias"] = jnp.full(1, 100.0)
+    (move,) = descent(params, grads, 1, clip_norm=1.0, freeze=r"stem\.bias", weight_decay=0.5)
+    assert move["stem"]["bias"] == 0
+    np.testing.assert_allclose(move["head"]["kernel"], 3 / 5 + 0.5, rtol=1e-6)
+    np.testing.assert_allclose(move["stem"]["kernel"], 4 / 5 + 0.5, rtol=1e-6)
+    # With a rate of the head's own, and below the limit.
+    (move,) = descent(params, grads, 1, clip_norm=9.0, freeze=".*bias", head_learning_rate=2.0)
+    assert move == {"head": {"kernel": 6.0}, "stem": {"kernel": 4.0, "bias": 0.0}}
+
+
+@pytest.mark.parametrize(
+    ("freeze", "message"),
+    [
+        ("stem", r"no parameter is matched by freeze='stem'; there are a.w, b.w, .*, f.w, 2 more"),
+        (".*", "all parameters are matched"),
+    ],
+)
+def test_a_pattern_that_freezes_nothing_or_all_is_an_error(freeze, message):
+    params = {name: {"w": jnp.ones(1)} for name in "abcdefgh"}
+    config = OptimizerConfig(learning_rate=1.0, freeze=freeze)
+    with pytest.raises(ValueError, match=message):
+        config.build(params, 10)
+
+
+def test_the_average_of_the_parameters_is_in_the_state():
+    """Over steps of the model, with every other option at work, and a rate set in the state."""
+    config = OptimizerConfig(
+        learning_rate=1e-2, warmup=0.5, clip_norm=1.0, ema_decay=0.9, freeze=r"head\..*"
+    )
+    rate = dataclasses.replace(config, learning_rate=2e-2)
+    model = small_model()
+    optimizer = config.build(nnx.state(model, nnx.Param), 6)
+    graphdef, state = create_state(model, optimizer)
+    head = jnp.copy(state.params["head"]["kernel"][...])
+    state = dataclasses.replace(state, opt_state=rate.set_rates(state.opt_state))
+    step = gather_on_device(make_train_step(graphdef, optimizer, loss=LOSS))
+    seen = []
+    for _ in range(3):
+        state, _ = step(state, data(), np.arange(16, dtype=np.int32), jax.random.key(0))
+        seen.append(jax.tree.map(jnp.copy, state.params))
+    weights = np.array([0.81, 0.9, 1.0]) / 2.71
+    mean = jax.tree.leaves(averaged_parameters(state))
+    for got, *each in zip(mean, *map(jax.tree.leaves, seen), strict=True):
+        expected = sum(w * np.float64(x) for w, x in zip(weights, each, strict=True))
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(state.params["head"]["kernel"][...], head)
+    moved = jnp.abs(seen[2]["features"]["layers"][0]["kernel"][...]) != jnp.abs(
+        seen[1]["features"]["layers"][0]["kernel"][...]
+    )
+    assert bool(moved.all())
+    assert float(optax.tree.get(state.opt_state, "learning_rate")) == np.float32(2e-2)
 
 
 def test_a_head_that_is_not_there_is_an_error():

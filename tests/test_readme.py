@@ -9,7 +9,6 @@ import tomllib
 import warnings
 
 import pytest
-import tyro
 import yaml
 
 import fqt_jax
@@ -37,8 +36,11 @@ def test_snippets_run_and_print_what_stands_below_them(page, monkeypatch):
 
 
 @pytest.fixture
-def parse_options(monkeypatch):
+def parse_options(monkeypatch, tmp_path):
     """Parses the options of an entry point, as it does, and checks what a sweep is over."""
+    (tmp_path / "runs/NAME").mkdir(parents=True)
+    (tmp_path / "runs/NAME/config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
 
     def parse_options(module: str, options: list[str]) -> None:
         configs = []
@@ -46,7 +48,7 @@ def parse_options(monkeypatch):
         def stand_in(main, config_type):
             with contextlib.redirect_stderr(io.StringIO()) as complaint:
                 try:
-                    configs.append(tyro.cli(config_type, args=options))
+                    configs.append(cli.parse(config_type, options))
                 except SystemExit:
                     pytest.fail(f"{module} does not take {options}: {complaint.getvalue()}")
 

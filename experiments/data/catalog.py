@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 from experiments.data import embedded, files, prepared
 from experiments.data.dataset import DataError, Dataset
+from experiments.data.pictures import ArrayPictures
 from experiments.data.splits import assemble
+from experiments.data.streamed import Streamed
 
 DATASETS: tuple[str, ...] = (*embedded.NAMES, *prepared.SPECS)
 """Names that ``load`` knows beforehand: the first two need no preparation."""
 
 OWN = ("folder", "npz")
 """Names of a user's own data, which ``data_dir`` points to."""
+
+Stream = Literal["auto", "yes", "no"]
+
+STREAMED_BYTES = 2 * 2**30
+"""A training split that is larger than this once it is decoded is streamed, unless asked not to."""
 
 _PHOTOGRAPH = (224, 224)
 
@@ -48,8 +56,9 @@ def load(
     seed: int = 0,
     data_dir: str | os.PathLike[str] | None = None,
     limit: int | None = None,
+    stream: Stream = "no",
 ) -> Dataset:
-    """Loads a data set into memory.
+    """Loads a data set into memory, or finds where its images are.
 
     Validation data are held out of the training split, each class in proportion. Which examples
     are held out follows from their content and ``seed`` alone, not from ``limit`` or from the
@@ -88,9 +97,14 @@ def load(
         (:func:`experiments.data.files.from_npz`). The embedded sets take none.
       limit: the most examples in each split, classes in proportion; ``None`` means all. A smaller
         limit gives a prefix of what a larger one gives, and only what it leaves is decoded.
+      stream: ``"no"`` to decode all images now; ``"yes"`` to decode them when they are needed;
+        ``"auto"`` for that where the files of the training split hold more than
+        ``STREAMED_BYTES`` once they are decoded.
 
     Returns:
-      The data set, with images uint8 ``[N, H, W, C]`` and labels int32 ``[N]`` in every split.
+      The data set, with images uint8 ``[N, H, W, C]`` and labels int32 ``[N]`` in every split
+      (:class:`~experiments.data.Split`), or with splits of the kind
+      :class:`~experiments.data.Streamed`.
 
     Raises:
       DataError: an argument is outside what is listed here, a package is missing, or the data are
@@ -140,8 +154,10 @@ def load(
             )
         size = wanted or (spec.image_size if spec else _PHOTOGRAPH)
         own = files.Own(*prepared.sources(name, image_size=size, seed=seed, data_dir=directory))
-    _check_memory(own, size, limit)
-    return assemble(
+    streams = stream == "yes" or (stream == "auto" and _is_large(own, size, limit))
+    if not streams:
+        _check_memory(own, size, limit)
+    dataset = assemble(
         name,
         own.num_classes,
         train=own.train,
@@ -150,7 +166,19 @@ def load(
         validation_fraction=validation_fraction,
         limit=limit,
         class_names=own.class_names,
+        streams=streams,
     )
+    for part in (dataset.train, dataset.validation, dataset.test):
+        if isinstance(part, Streamed):
+            part.check()
+    return dataset
+
+
+def _is_large(own: files.Own, size: tuple[int, int], limit: int | None) -> bool:
+    if isinstance(own.train.pictures, ArrayPictures):  # they are in memory already
+        return False
+    images = min(len(own.train.labels), limit or len(own.train.labels))
+    return images * size[0] * size[1] * own.train.pictures.channels > STREAMED_BYTES
 
 
 def _check_memory(own: files.Own, size: tuple[int, int], limit: int | None) -> None:
@@ -162,5 +190,5 @@ def _check_memory(own: files.Own, size: tuple[int, int], limit: int | None) -> N
     if needed > there:
         raise DataError(
             f"{images} images of {size[0]}x{size[1]} take {needed / 2**30:.1f} GiB, and this "
-            f"machine has {there / 2**30:.1f}: lower image_size, or set a limit."
+            f"machine has {there / 2**30:.1f}: stream them, lower image_size, or set a limit."
         )

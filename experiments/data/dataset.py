@@ -1,4 +1,4 @@
-"""What a data set is once it is loaded: checked NumPy arrays, and nothing that reads files."""
+"""What a data set is once it is loaded: checked splits, and nothing that reads files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 import importlib
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Protocol
 
 import numpy as np
 
@@ -35,9 +36,33 @@ def import_extra(module: str, extra: str) -> ModuleType:
         raise DataError(f"{reason}: install it with pip install 'fqt-jax[{extra}]'.") from error
 
 
+class Examples(Protocol):
+    """Images and their labels, wherever the images are."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """``int32[N]``."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of every image."""
+
+    def __len__(self) -> int: ...
+
+    def first(self, count: int) -> np.ndarray:
+        """Images of the first examples, at most ``count``, as in evaluation: ``uint8[n, H, W, C]``.
+
+        They are a fair sample: the order has nothing to do with that of the files, and the first
+        ones hold the classes in their proportions.
+        """
+
+    def statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        """:func:`channel_statistics` of the images."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Split:
-    """Images and their labels.
+    """Images in memory and their labels.
 
     Args:
       images: uint8 ``[N, H, W, C]``, N at least 1.
@@ -73,10 +98,24 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of every image."""
+        height, width, channels = self.images.shape[1:]
+        return height, width, channels
+
+    def first(self, count: int) -> np.ndarray:
+        """The first images, at most ``count``."""
+        return self.images[:count]
+
+    def statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        """:func:`channel_statistics` of all images."""
+        return channel_statistics(self.images)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """Three splits of one data set, held in memory.
+    """Three splits of one data set.
 
     Args:
       name: what it was loaded as.
@@ -103,9 +142,9 @@ class Dataset:
     """
 
     name: str
-    train: Split
-    validation: Split
-    test: Split
+    train: Examples
+    validation: Examples
+    test: Examples
     num_classes: int
     class_names: tuple[str, ...] = ()
     normalization: tuple[np.ndarray, np.ndarray] | None = None
@@ -119,21 +158,21 @@ class Dataset:
                     f"{self.name}: the {field} split has label {wrong[0]}; "
                     f"labels must lie in [0, {self.num_classes})."
                 )
-            if split.images.shape[1:] != self.train.images.shape[1:]:
+            if split.shape != self.train.shape:
                 raise DataError(
-                    f"{self.name}: {field} images are {list(split.images.shape[1:])} "
-                    f"but train images {list(self.train.images.shape[1:])}."
+                    f"{self.name}: {field} images are {list(split.shape)} "
+                    f"but train images {list(self.train.shape)}."
                 )
 
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of every image."""
-        return self.train.images.shape[1], self.train.images.shape[2]
+        return self.train.shape[:2]
 
     @property
     def channels(self) -> int:
         """Channels of every image: 1 or 3."""
-        return self.train.images.shape[3]
+        return self.train.shape[2]
 
     def normalized(self, mean: Sequence[float], std: Sequence[float]) -> Dataset:
         """The same images, normalized by other statistics: of each channel, on the scale 0 to 1."""
@@ -144,7 +183,7 @@ class Dataset:
 
     @functools.cached_property
     def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
-        return self.normalization or channel_statistics(self.train.images)
+        return self.normalization or self.train.statistics()
 
     @property
     def mean(self) -> np.ndarray:

@@ -10,10 +10,9 @@ import functools
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image
 
 from experiments.data.dataset import DataError, import_extra
-from experiments.data.images import resize
+from experiments.data.pictures import ArrayPictures
 from experiments.data.splits import TEST_SEED, Source, content_keys, stratified_order
 
 Arrays = tuple[np.ndarray, np.ndarray]
@@ -74,8 +73,8 @@ def sources(name: str, *, image_size: tuple[int, int], seed: int) -> tuple[Sourc
 
     Example:
       >>> train, test = sources("digits", image_size=(16, 16), seed=0)
-      >>> len(train.labels), len(test.labels), test.images(np.array([0, 1])).shape
-      (1200, 597, (2, 16, 16, 1))
+      >>> len(train.labels), len(test.labels), test.take(np.array([0, 1])).shape
+      (1200, 597, (16, 16, 1))
     """
     read, count, test_count = _SETS[name]
     pixels, labels = read()
@@ -87,11 +86,8 @@ def sources(name: str, *, image_size: tuple[int, int], seed: int) -> tuple[Sourc
     order = stratified_order(labels, test_keys)
 
     def source(chosen: np.ndarray, keys: np.ndarray) -> Source:
-        def decode(indices: np.ndarray) -> np.ndarray:
-            wanted = images[chosen[indices]]
-            return np.stack([resize(Image.fromarray(image), image_size) for image in wanted])
-
-        return Source(labels[chosen].astype(np.int32), keys[chosen], decode)
+        pictures = ArrayPictures(images[chosen][..., None])
+        return Source(labels[chosen].astype(np.int32), keys[chosen], pictures, image_size)
 
     train = source(order[test_count:], content_keys(contents, seed))
     return train, source(order[:test_count], test_keys)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 from experiments.data.dataset import DataError
-from experiments.data.images import decode_rgb, parallel_map, resize
+from experiments.data.images import opened, parallel_map
+from experiments.data.pictures import ArrayPictures, Pictures, R
 from experiments.data.splits import TEST_SEED, Source, content_key, content_keys, stratified_order
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -181,6 +183,25 @@ def _listed(folder: Path, classes: list[str]) -> tuple[list[Path], np.ndarray]:
     return files, np.array(labels, np.int32)
 
 
+class Files(Pictures):
+    """Image files.
+
+    Args:
+      paths: of the files.
+    """
+
+    def __init__(self, paths: Sequence[str]):
+        self._paths = paths
+
+    def see(self, index: int, view: Callable[[Image.Image], R]) -> R:
+        path = Path(self._paths[index])
+        encoded = _read(path)
+        try:
+            return opened(encoded, view)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
+
+
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
@@ -195,20 +216,8 @@ def _keys(files: list[Path], seed: int) -> np.ndarray:
 def _source(
     files: list[Path], labels: np.ndarray, image_size: tuple[int, int], seed: int
 ) -> Source:
-    def decode(indices: np.ndarray) -> np.ndarray:
-        images = np.empty((len(indices), *image_size, 3), np.uint8)
-
-        def decode_into(position: int) -> None:
-            path = files[indices[position]]
-            try:
-                images[position] = decode_rgb(_read(path), image_size)
-            except DataError as error:
-                raise DataError(f"{path}: {error}") from None
-
-        parallel_map(decode_into, range(len(indices)))
-        return images
-
-    return Source(labels, _keys(files, seed), decode)
+    pictures = Files([str(path) for path in files])
+    return Source(labels, _keys(files, seed), pictures, image_size)
 
 
 def _checked(
@@ -243,13 +252,5 @@ def _checked(
 def _array_source(
     images: np.ndarray, labels: np.ndarray, size: tuple[int, int], seed: int
 ) -> Source:
-    def decode(indices: np.ndarray) -> np.ndarray:
-        wanted = images[indices]
-        if wanted.shape[1:3] == size:
-            return wanted
-        pictures = (
-            Image.fromarray(image[..., 0] if image.shape[2] == 1 else image) for image in wanted
-        )
-        return np.stack([resize(picture, size) for picture in pictures])
-
-    return Source(labels, content_keys((image.tobytes() for image in images), seed), decode)
+    keys = content_keys((image.tobytes() for image in images), seed)
+    return Source(labels, keys, ArrayPictures(images), size)

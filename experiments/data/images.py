@@ -68,28 +68,25 @@ def to_rgb(file: Image.Image) -> Image.Image:
     return (image.convert("RGBA") if image.has_transparency_data else image).convert("RGB")
 
 
-def decode_rgb(encoded: bytes, size: tuple[int, int]) -> np.ndarray:
-    """Decodes a PNG or JPEG of any colour mode; grey images get three equal channels.
+def opened(encoded: bytes, view: Callable[[Image.Image], R]) -> R:
+    """Applies a function to an image file of any format that Pillow reads.
 
     Args:
-      encoded: the bytes of the file. Transparency is dropped.
-      size: height and width of the result.
-
-    Returns:
-      uint8 ``[H, W, 3]``.
+      encoded: the bytes of the file.
+      view: of the Pillow image, whose pixels are decoded only when it uses them.
 
     Raises:
       DataError: the bytes are not an image, or are cut short.
 
     Example:
-      >>> decode_rgb(b"not an image", (32, 32))
+      >>> opened(b"not an image", to_rgb)
       Traceback (most recent call last):
         ...
       experiments.data.dataset.DataError: not a readable image: cannot identify image file ...
     """
     try:
         with Image.open(io.BytesIO(encoded)) as file:
-            return resize(to_rgb(file), size)
+            return view(file)
     except (OSError, SyntaxError, ValueError) as error:  # Pillow raises each of these
         reason = str(error).partition("\n")[0].rstrip(".")
         raise DataError(f"not a readable image: {reason}.") from error

@@ -13,14 +13,16 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from experiments.data.dataset import DataError, import_extra
-from experiments.data.images import decode_rgb, parallel_map
+from experiments.data.images import opened, parallel_map
+from experiments.data.pictures import Pictures, R
 from experiments.data.splits import TEST_SEED, Source, content_key
 
 
@@ -115,11 +117,45 @@ def find_prepared(name: str, data_dir: Path) -> Path:
     )
 
 
+class Records(Pictures):
+    """The examples of a split, as serialized messages.
+
+    Args:
+      where: what they are called in messages.
+      records: the array_record files; readers of them are opened again in another process.
+      keys: the features that are image and label.
+    """
+
+    def __init__(self, where: str, records: Any, keys: tuple[str, str]):
+        self._where, self._records, self._keys = where, records, keys
+
+    def see(self, index: int, view: Callable[[Image.Image], R]) -> R:
+        return self.read(index, lambda image, _: opened(image, view))
+
+    def read(self, index: int, what: Callable[[bytes, int], R]) -> R:
+        """A function of the encoded image and the label of an example.
+
+        Raises:
+          DataError: it cannot be read, or the function raises that; the message names the example.
+        """
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        with _reading(f"{self._where}, record {index}"):
+            feature = tf_example_pb2.Example.FromString(self._records[index]).features.feature
+            for key in self._keys:
+                if key not in feature:
+                    raise DataError(f"it has no {key!r}.")
+            image, label = self._keys
+            images, labels = feature[image].bytes_list.value, feature[label].int64_list.value
+            if len(images) != 1 or len(labels) != 1:
+                raise DataError(f"it has {len(images)} encoded images and {len(labels)} labels.")
+            return what(images[0], labels[0])
+
+
 def _source(
     builder: Any, split: str, keys: tuple[str, str], image_size: tuple[int, int], seed: int
 ) -> Source:
     import tensorflow_datasets as tfds
-    from tensorflow_datasets.proto import tf_example_pb2
 
     where = f"{builder.data_dir} split {split}"
     with _reading(where):
@@ -131,36 +167,16 @@ def _source(
             file_format="array_record",
         )
         count = len(records)
+    # What lies below those of tensorflow-datasets, which also hold the whole description.
+    pictures = Records(where, records.data_source, keys)
 
-    def example(index: int) -> tuple[bytes, int]:
-        feature = tf_example_pb2.Example.FromString(records[int(index)]).features.feature
-        for key in keys:
-            if key not in feature:
-                raise DataError(f"it has no {key!r}.")
-        images, labels = feature[keys[0]].bytes_list.value, feature[keys[1]].int64_list.value
-        if len(images) != 1 or len(labels) != 1:
-            raise DataError(f"it has {len(images)} encoded images and {len(labels)} labels.")
-        return images[0], labels[0]
+    def label_and_key(image: bytes, label: int) -> tuple[np.int32, int]:
+        return np.int32(label), content_key(image, seed)
 
-    def label_and_key(index: int) -> tuple[np.int32, int]:
-        with _reading(f"{where}, record {index}"):
-            image, label = example(index)
-            return np.int32(label), content_key(image, seed)
-
-    def decode(indices: np.ndarray) -> np.ndarray:
-        images = np.empty((len(indices), *image_size, 3), np.uint8)
-
-        def decode_into(position: int) -> None:
-            with _reading(f"{where}, record {indices[position]}"):
-                images[position] = decode_rgb(example(indices[position])[0], image_size)
-
-        parallel_map(decode_into, range(len(indices)))
-        return images
-
-    pairs = parallel_map(label_and_key, range(count))
+    pairs = parallel_map(lambda index: pictures.read(index, label_and_key), range(count))
     labels = np.array([label for label, _ in pairs], np.int32)
     hashes = np.array([key for _, key in pairs], np.uint64)
-    return Source(labels, hashes, decode)
+    return Source(labels, hashes, pictures, image_size)
 
 
 class Prepared(NamedTuple):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 
-from experiments.data.dataset import DataError, Dataset, Split
+from experiments.data.dataset import DataError, Dataset, Examples, Split
+from experiments.data.pictures import Pictures
+from experiments.data.streamed import Streamed
 
 TEST_SEED = 0
 """Of the keys of test examples, whatever the run's seed: what is reported must not vary."""
@@ -21,16 +23,22 @@ class Source:
     Args:
       labels: int32 ``[N]``.
       keys: uint64 ``[N]``, see ``content_keys``.
-      images: takes indices int64 ``[n]`` and returns images uint8 ``[n, H, W, C]``.
+      pictures: the images.
+      size: height and width of what is decoded.
     """
 
     labels: np.ndarray
     keys: np.ndarray
-    images: Callable[[np.ndarray], np.ndarray]
+    pictures: Pictures
+    size: tuple[int, int]
 
     def take(self, indices: np.ndarray) -> Split:
         """Decodes the examples at ``indices``."""
-        return Split(self.images(indices), self.labels[indices])
+        return Split(self.pictures.decode(indices, self.size), self.labels[indices])
+
+    def stream(self, indices: np.ndarray) -> Streamed:
+        """The examples at ``indices``, to be decoded when they are needed."""
+        return Streamed(self.pictures, indices, self.labels[indices], self.size)
 
 
 def content_key(content: bytes, seed: int) -> int:
@@ -90,6 +98,7 @@ def assemble(
     validation_fraction: float,
     limit: int | None,
     class_names: tuple[str, ...] = (),
+    streams: bool = False,
 ) -> Dataset:
     """Splits, limits and only then decodes.
 
@@ -102,10 +111,16 @@ def assemble(
       validation_fraction: the part of ``train`` to hold out, stratified.
       limit: the most examples in a split, or ``None``. What is held out does not depend on it.
       class_names: of each label, where they are known.
+      streams: whether images are decoded when they are needed, and not here.
 
     Raises:
       DataError: a split would be empty, or what is decoded is not a valid data set.
     """
+
+    def examples(source: Source, indices: np.ndarray) -> Examples:
+        chosen = indices[:limit]
+        return source.stream(chosen) if streams else source.take(chosen)
+
     for field, source in (("train", train), ("validation", validation), ("test", test)):
         if source is not None and not len(source.labels):
             raise DataError(f"{name}: the {field} split is empty.")
@@ -117,15 +132,15 @@ def assemble(
                 f"{name}: validation_fraction={validation_fraction} of {len(order)} images leaves "
                 f"{held_out} for validation and {len(order) - held_out} for training."
             )
-        held = train.take(order[:held_out][:limit])
+        held = examples(train, order[:held_out])
         order = order[held_out:]
     else:
-        held = validation.take(stratified_order(validation.labels, validation.keys)[:limit])
+        held = examples(validation, stratified_order(validation.labels, validation.keys))
     return Dataset(
         name=name,
-        train=train.take(order[:limit]),
+        train=examples(train, order),
         validation=held,
-        test=test.take(stratified_order(test.labels, test.keys)[:limit]),
+        test=examples(test, stratified_order(test.labels, test.keys)),
         num_classes=num_classes,
         class_names=class_names,
     )

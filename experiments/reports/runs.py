@@ -10,12 +10,22 @@ from typing import Any
 
 from experiments.cli import UserError
 from experiments.runs.config import RECIPE_PARTS, RunConfig
+from experiments.runs.saved_config import up_to_date
 from experiments.show.formats import Estimate, Table
 from experiments.sweeps.sweep import Group as SweepGroup
 from experiments.sweeps.sweep import Store
 from fqt_jax.recipe import RECIPES
 
-_NOT_COMPARED = ("seed", "pretrain_seed", "cache", "data_dir", "diagnose")
+_NOT_COMPARED = (
+    "seed",
+    "pretrain_seed",
+    "cache",
+    "data_dir",
+    "diagnose",
+    "log",
+    "save_minutes",
+    "workers",
+)
 """Options that make no other experiment of a run."""
 
 
@@ -25,7 +35,7 @@ class Run:
 
     Attributes:
       folder: where it is kept.
-      config: its options.
+      config: its options, with what those that were left open became, as far as that is known.
       summary: what it came to; None if it has not ended.
       history: its epochs, as in ``metrics.jsonl``.
     """
@@ -43,13 +53,14 @@ class Run:
     @property
     def variant(self) -> str:
         """The recipe with the parts that were changed, as sweeps take it."""
-        names = {field.name for field in dataclasses.fields(RunConfig)}
-        options = {k: v for k, v in self.config.items() if k in names and k != "data_dir"}
+        options = {k: v for k, v in self.config.items() if k in ("recipe", *RECIPE_PARTS)}
         return RunConfig(**options).variant.replace("=True", "").replace("=False", "=false")
 
     def options(self) -> dict[str, str]:
         """The options that make the experiment, as text."""
         rest = {k: v for k, v in self.config.items() if k not in (*_NOT_COMPARED, *RECIPE_PARTS)}
+        if rest.get("head_learning_rate") == rest.get("learning_rate"):
+            rest["head_learning_rate"] = None  # one rate for all is said once
         return {k: _text(v) for k, v in (rest | {"recipe": self.variant}).items()}
 
 
@@ -80,26 +91,29 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What some folders hold: runs, and the tables of sweeps."""
+    """What some folders hold: runs, the tables of sweeps, and what is wrong with other runs."""
 
     runs: list[Run]
     tables: list[Table]
+    damaged: list[str] = dataclasses.field(default_factory=list)
 
 
 def read(folders: Sequence[pathlib.Path]) -> Found:
     """Reads runs and sweeps from folders, or from all folders in them.
 
-    Of a sweep that wrote its results, the runs at the chosen learning rates count.
+    Of a sweep that wrote its results, the runs at the chosen learning rates count. A run with a
+    damaged file is left out, and named.
 
     Raises:
-      UserError: a folder does not exist, holds no run, or a file in it is damaged.
+      UserError: a folder does not exist or holds no run; all runs are damaged, or the results of a
+        sweep.
     """
+    damaged: dict[pathlib.Path, str] = {}
     runs: dict[pathlib.Path, Run] = {}
     tables: list[Table] = []
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder of runs: it does not exist.")
-        before = len(runs)
         chosen, found = _sweeps(folder)
         tables += found
         inside = [path.parent for path in sorted(folder.rglob("config.json"))]
@@ -108,10 +122,15 @@ def read(folders: Sequence[pathlib.Path]) -> Found:
             root = next((root for root in swept if path.is_relative_to(root / "cells")), None)
             if root is not None and path not in chosen[root]:
                 continue
-            runs[path.resolve()] = _run(path)
-        if len(runs) == before and not found and not inside:
+            try:
+                runs[path.resolve()] = _run(path)
+            except UserError as error:
+                damaged[path.resolve()] = str(error)
+        if not found and not inside:
             raise UserError(f"{folder} holds no run: there is no config.json in it.")
-    return Found(list(runs.values()), tables)
+    if damaged and not runs and not tables:
+        raise UserError(" ".join(damaged.values()))
+    return Found(list(runs.values()), tables, list(damaged.values()))
 
 
 def _sweeps(folder: pathlib.Path) -> tuple[dict[pathlib.Path, set[pathlib.Path]], list[Table]]:
@@ -135,18 +154,16 @@ def _sweeps(folder: pathlib.Path) -> tuple[dict[pathlib.Path, set[pathlib.Path]]
 
 def _run(folder: pathlib.Path) -> Run:
     metrics, summary = folder / "metrics.jsonl", folder / "summary.json"
+    resolved = folder / "resolved.json"
     try:
         text = metrics.read_text() if metrics.exists() else ""
         history = [json.loads(line) for line in text.splitlines()]
     except ValueError:
         raise UserError(f"{metrics} is damaged.") from None
-    run = Run(
-        folder,
-        _json(folder / "config.json"),
-        _json(summary) if summary.exists() else None,
-        history,
-    )
+    config, came_to = _json(folder / "config.json"), _json(summary) if summary.exists() else None
+    became = _json(resolved) if resolved.exists() else (came_to or {}).get("resolved", {})
     try:
+        run = Run(folder, {**up_to_date(config), **became}, came_to, history)
         run.options(), run.task
     except (KeyError, TypeError, ValueError, UserError) as error:
         raise UserError(f"{folder / 'config.json'} is damaged or no run's: {error}") from None

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: the last two that are whole."""
+"""The checkpoints of a run: the last two that are whole, and the best."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class RunCheckpoints:
     """The checkpoints of a run, in a folder that no other process writes to.
 
     A new one is whole on the disk before an older one goes, and two are kept: where the newest is
-    damaged later, the run goes on from the one before.
+    damaged later, the run goes on from the one before. The best one is kept besides.
 
     Args:
       folder: the folder; it need not exist.
@@ -46,26 +46,35 @@ class RunCheckpoints:
                 return path, wrong
         return None, wrong
 
-    def save(self, state: TrainState, metadata: dict[str, Any]) -> None:
-        """Saves a state, unless it is saved already; then removes all but the last two.
+    def at(self, step: int) -> pathlib.Path:
+        """Where the checkpoint of a step is, if there is one."""
+        return self.folder / f"step_{step:08d}"
+
+    def save(self, state: TrainState, metadata: dict[str, Any], *, best: int | None = None) -> None:
+        """Saves a state, unless it is saved already; then removes all but the last two and one.
+
+        Args:
+          state: the state.
+          metadata: of :func:`fqt_jax.checkpoints.save_checkpoint`.
+          best: the step whose checkpoint is kept too, if there is one.
 
         Raises:
           CheckpointError: it cannot be saved; the checkpoints before it are still there.
           OSError: a damaged one of that step cannot be removed.
         """
-        path = self.folder / f"step_{int(state.step):08d}"
+        path = self.at(int(state.step))
         if path not in self._whole:
             if path.exists():  # a damaged one, newer than that which the run was resumed from
                 _remove(path)
             save_checkpoint(path, state, metadata)
             self._whole = [*self._whole[-1:], path]
         with contextlib.suppress(OSError):  # what is left does no harm, and goes at the next save
-            self._remove_others()
+            self._remove_others([*self._whole, *([] if best is None else [self.at(best)])])
 
-    def _remove_others(self) -> None:
+    def _remove_others(self, kept: list[pathlib.Path]) -> None:
         """Removes older and damaged ones, and what is left of saves that were killed."""
         for other in self.folder.iterdir():
-            if re.fullmatch(r"step_\d+(\.\w+)*", other.name) and other not in self._whole:
+            if re.fullmatch(r"step_\d+(\.\w+)*", other.name) and other not in kept:
                 _remove(other)
 
 

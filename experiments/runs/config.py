@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 from experiments.cli import UserError
+from experiments.data.catalog import Stream
+from experiments.runs.ranges import check_numbers
 from fqt_jax.estimators import Estimator, FullBatch, OneDraw
 from fqt_jax.kernels import check_implementation
-from fqt_jax.models import MODELS
+from fqt_jax.models import MODELS, has_stem
 from fqt_jax.optimizers import OptimizerConfig
 from fqt_jax.recipe import (
     Groups,
@@ -22,6 +24,9 @@ from fqt_jax.recipe import (
     Threshold,
     recipe_by_name,
 )
+
+NO_PAD = "pad has no effect."
+NO_WORKERS = "workers have no effect."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +44,7 @@ class RunConfig:
     width: float = 0.25
     """Factor on the model's number of channels."""
     stem: Literal["auto", "small", "imagenet"] = "auto"
-    """A ResNet's stem; auto: imagenet for images of 96 pixels and more."""
+    """Stem of a ResNet or MobileNet; auto: imagenet for images of 96 pixels and more."""
 
     recipe: str = "fqt1"
     """Recipe: full_precision, qat, psq1, fqt1 or fqt1_plus. The next eleven change parts of it."""
@@ -74,13 +79,26 @@ class RunConfig:
     """Learning rate of the head; as learning-rate where only that is given."""
     weight_decay: float = 1e-5
     """Weight decay, added to the gradient."""
-    momentum: float = 0.9
-    """Momentum of sgd."""
+    momentum: float | None = None
+    """Momentum of sgd; the default is 0.9."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Course of the learning rate over the run."""
+    warmup_epochs: float = 0.0
+    """Epochs over which the learning rate rises from 0 in a line, before its schedule."""
+    cosine_epochs: int | None = None
+    """Epochs of a cosine, after which the next begins at the full rate; the default is all."""
+    clip_norm: float | None = None
+    """The most that the norm of the whole gradient may be; the default is no limit."""
+    ema_decay: float | None = None
+    """Evaluate, and export, the exponential moving average of the parameters, with this decay."""
+    freeze: str | None = None
+    """Regular expression: parameters with names that it matches whole stay as they are."""
 
     epochs: int = 60
     """Passes over the training data."""
+    patience: int | None = None
+    """Stop when so many epochs in a row bring no better validation accuracy, and go back to the
+    best; the default is to train to the end."""
     batch_size: int = 128
     """Images in a step."""
     label_smoothing: float = 0.0
@@ -95,6 +113,11 @@ class RunConfig:
     """Part of the training data held out for validation, in (0, 1)."""
     limit: int | None = None
     """Use at most this many training images."""
+    stream: Stream = "auto"
+    """Whether images are decoded while it trains, cropped and resized at random; auto: where the
+    files of the training images hold more than 2 GiB once they are decoded."""
+    workers: int | None = None
+    """Processes that decode streamed images; the default, 0, is threads of this process."""
     data_dir: pathlib.Path | None = None
     """Where tensorflow-datasets keeps its data; of folder the folder, which has one folder for each
     class (in train, val and test, or split by content); of npz the file."""
@@ -104,6 +127,10 @@ class RunConfig:
 
     test_each_epoch: bool = False
     """Measure the accuracy on the test images after each epoch too, for curves over time."""
+    log: Literal["tensorboard", "wandb"] | None = None
+    """Besides metrics.jsonl, write the metrics for TensorBoard or Weights & Biases."""
+    save_minutes: float | None = None
+    """Save within an epoch too, when so many minutes have passed since the last time."""
 
     seed: int = 0
     """Decides initialization, order, augmentation and rounding."""
@@ -114,35 +141,36 @@ class RunConfig:
     resume: pathlib.Path | None = None
     """Continue the run in this folder, with the options it was started with."""
 
+    FROM_FILE: ClassVar[bool] = True
+    """Options may be read from a file; see :func:`experiments.cli.parse`."""
+
     NOT_COMPILED: ClassVar[tuple[str, ...]] = (
         "seed",
         "learning_rate",
         "head_learning_rate",
         "diagnose",
         "test_each_epoch",
+        "patience",
+        "log",
+        "save_minutes",
+        "workers",
     )
     """Options that are values in a training step, not constants of its program."""
 
     def __post_init__(self) -> None:
         if self.model not in MODELS:
             raise UserError(f"unknown model {self.model!r}; known models: {', '.join(MODELS)}.")
-        for name, lowest in (("epochs", 1), ("batch_size", 1), ("pad", 0), ("image_size", 1)):
-            value = getattr(self, name)
-            if value is not None and value < lowest:
-                raise UserError(f"{name} must be at least {lowest}; got {value}.")
-        if not 0 < self.validation_fraction < 1:
-            raise UserError(
-                f"validation_fraction must be in (0, 1); got {self.validation_fraction}."
-            )
-        if not 0 <= self.label_smoothing < 1:
-            raise UserError(f"label_smoothing must be in [0, 1); got {self.label_smoothing}.")
-        if not self.width > 0:
-            raise UserError(f"width must be positive; got {self.width}.")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed must be from 0 to 2^32 - 1; got {self.seed}.")
+        check_numbers(self)
+        if self.stem != "auto" and not has_stem(self.model):
+            raise UserError(f"stem has no effect on {self.model}: it is of ResNet and MobileNet.")
+        if self.stream == "yes" and self.pad is not None:
+            raise UserError(f"stream has random crops of its own: {NO_PAD}")
+        if self.stream == "no" and self.workers is not None:
+            raise UserError(f"stream is no: {NO_WORKERS}")
         if self.out is not None and self.resume is not None:
             raise UserError("give either out, for a new run, or resume, for one that exists.")
         try:  # now, before any data are read and any folder is made
+            self.build_recipe()
             self.build_estimator()
             self.build_optimizer()
             check_implementation(self.implementation)
@@ -174,7 +202,12 @@ class RunConfig:
                     f"the recipe {self.recipe!r} does not quantize gradients: "
                     f"{', '.join(of_gradient)} cannot be set."
                 )
-            changes["gradient"] = dataclasses.replace(recipe.gradient, **of_gradient)
+            gradient = dataclasses.replace(recipe.gradient, **of_gradient)
+            for name in ("sampler", "importance"):
+                if name in of_gradient and (self.one_draw or gradient.keep_fraction == 1):
+                    why = "one_draw draws by the loss" if self.one_draw else "nothing is pruned"
+                    raise UserError(f"{name} has no effect: {why}.")
+            changes["gradient"] = gradient
         return dataclasses.replace(recipe, **changes)
 
     def build_estimator(self) -> Estimator:
@@ -198,6 +231,9 @@ class RunConfig:
 
     def build_optimizer(self) -> OptimizerConfig:
         """The optimizer's configuration."""
+        cycles = 1
+        if self.cosine_epochs is not None:
+            cycles = round((self.epochs - self.warmup_epochs) / self.cosine_epochs)
         return OptimizerConfig(
             name=self.optimizer,
             learning_rate=self.learning_rate,
@@ -205,7 +241,22 @@ class RunConfig:
             weight_decay=self.weight_decay,
             momentum=self.momentum,
             schedule=self.schedule,
+            warmup=self.warmup_epochs / self.epochs,
+            cycles=cycles,
+            clip_norm=self.clip_norm,
+            ema_decay=self.ema_decay,
+            freeze=self.freeze,
         )
+
+    def filled_in(self) -> dict[str, Any]:
+        """What options that were left open stand for, as far as the data do not decide."""
+        optimizer = self.build_optimizer()
+        rest, head = optimizer.rates()
+        return {
+            "learning_rate": rest,
+            "head_learning_rate": head,
+            "momentum": optimizer.momentum_or_default(),
+        }
 
     def compiled(self) -> tuple[Any, ...]:
         """What, with the model's structure, decides the compiled steps: equal for runs that can
@@ -241,45 +292,3 @@ RECIPE_PARTS = (
 
 def _given(config: RunConfig, names: tuple[str, ...]) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-
-
-ConfigT = TypeVar("ConfigT", bound=RunConfig)
-
-_PATHS = ("data_dir", "checkpoint", "weights", "cache")
-
-
-def config_from_json(config_type: type[ConfigT], values: dict[str, Any]) -> ConfigT:
-    """The options that :meth:`RunConfig.to_json` wrote."""
-    paths = {name: pathlib.Path(values[name]) for name in _PATHS if values.get(name) is not None}
-    return config_type(**{**values, **paths})
-
-
-def read_config(given: ConfigT, folder: pathlib.Path) -> ConfigT:
-    """The options that the run in a folder was started with.
-
-    Args:
-      given: the options of this call; those that differ from the defaults must agree with the run.
-      folder: the run's folder.
-
-    Raises:
-      UserError: the folder is not that of a run, its configuration is damaged or of another
-        experiment, or an option was given that differs from it.
-    """
-    path = folder / "config.json"
-    try:
-        saved = config_from_json(type(given), json.loads(path.read_text()))
-    except FileNotFoundError:
-        raise UserError(f"{folder} is not a run: it has no config.json.") from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged or of another experiment: {error}") from None
-    for field in dataclasses.fields(given):
-        value = getattr(given, field.name)
-        if field.name not in ("out", "resume") and value not in (
-            field.default,
-            getattr(saved, field.name),
-        ):
-            raise UserError(
-                f"{field.name} is {getattr(saved, field.name)} in the run {folder}; it cannot be "
-                f"changed to {value} on resuming."
-            )
-    return saved

@@ -39,7 +39,7 @@ class Diagnosis:
 
     def __init__(self, config: RunConfig, dataset: Dataset, graphdef: Any, state: TrainState):
         images = normalize(
-            jnp.asarray(dataset.train.images[:_IMAGES]), mean=dataset.mean, std=dataset.std
+            jnp.asarray(dataset.train.first(_IMAGES)), mean=dataset.mean, std=dataset.std
         )
         self._title = f"{config.dataset}, {config.model} x{config.width:g}, {config.variant}"
         self._warned = False

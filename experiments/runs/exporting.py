@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
-from PIL import Image, ImageOps
+from PIL import Image
 
 from experiments.cli import UserError
-from experiments.data import Dataset
-from experiments.data.images import resize
+from experiments.data import Dataset, Streamed
+from experiments.data.images import to_rgb
+from experiments.data.views import View, central, whole
 from experiments.runs.config import RunConfig
 from experiments.runs.tasks import model_options
 from fqt_jax.convert import quantize
@@ -28,6 +29,7 @@ def description(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
         # How gradients are quantized makes no difference to what is computed.
         "recipe": {name: getattr(recipe, name) for name in ("scale", "clip", "threshold")},
         "image_size": list(dataset.image_size),
+        "view": "central" if isinstance(dataset.train, Streamed) else "whole",
         "mean": dataset.mean.tolist(),
         "std": dataset.std.tolist(),
         "classes": class_names(dataset),
@@ -66,15 +68,16 @@ def read_images(paths: list[Any], about: dict[str, Any]) -> np.ndarray:
     Raises:
       UserError: a file is missing, or no image.
     """
-    height, width = about["image_size"]
+    size = tuple(about["image_size"])
+    view: View = central if about.get("view") == "central" else whole
     mean, std = (np.asarray(about[name], np.float32) for name in ("mean", "std"))
     rows = []
     for path in paths:
         try:
             with Image.open(path) as file:
-                image = ImageOps.exif_transpose(file).convert("L" if len(mean) == 1 else "RGB")
+                image = to_rgb(file).convert("L" if len(mean) == 1 else "RGB")
         except (OSError, SyntaxError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
             raise UserError(f"{path}: {reason.rstrip('.')}.") from None
-        rows.append(resize(image, (height, width)))
+        rows.append(view(image, size)[..., : len(mean)])
     return (np.stack(rows).astype(np.float32) - mean) / std

@@ -7,15 +7,19 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from experiments import cli, process
 from experiments.data import Dataset
-from experiments.runs import folders, locks, reporting, runner, tasks
-from experiments.runs.config import RunConfig, read_config
-from experiments.runs.pretraining import PretrainConfig
+from experiments.runs import folders, locks, logs, reporting, runner, tasks
+from experiments.runs.config import RunConfig
+from experiments.runs.pretraining import PretrainConfig, newest_pretraining
+from experiments.runs.saved_config import read_config
 from fqt_jax.checkpoints import latest_checkpoint
 from fqt_jax.recipe import QAT
+
+CACHE = pathlib.Path("runs/pretrained")
+_NO_PRETRAINING = "with checkpoint, weights or from-scratch nothing is pretrained"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +33,11 @@ class FinetuneConfig(RunConfig):
     names of torchvision, timm or Keras; images are normalized as those that they saw."""
     from_scratch: bool = False
     """Start from random values."""
-    pretrain_epochs: int = 8
-    """Epochs of pretraining on mnist5k where no checkpoint is given."""
+    pretrain_epochs: int | None = None
+    """Epochs of pretraining on mnist5k where no start is given; the default is 8."""
     pretrain_seed: int | None = None
     """Seed of that pretraining; the default is the run's own."""
-    cache: pathlib.Path = pathlib.Path("runs/pretrained")
+    cache: pathlib.Path = CACHE
     """Where such pretrained models are kept."""
 
     NOT_COMPILED: ClassVar[tuple[str, ...]] = (
@@ -50,12 +54,37 @@ class FinetuneConfig(RunConfig):
         starts = (self.checkpoint is not None, self.weights is not None, self.from_scratch)
         if sum(starts) > 1:
             raise cli.UserError("give only one of checkpoint, weights and from-scratch.")
-        if self.pretrain_epochs < 1:
-            raise cli.UserError(f"pretrain_epochs must be at least 1; got {self.pretrain_epochs}.")
+        if self.pretrain_epochs is not None:
+            if sum(starts):
+                raise cli.UserError(f"pretrain_epochs has no effect: {_NO_PRETRAINING}.")
+            if self.pretrain_epochs < 1:
+                raise cli.UserError(
+                    f"pretrain_epochs must be at least 1; got {self.pretrain_epochs}."
+                )
+
+    def filled_in(self) -> dict[str, Any]:
+        found = super().filled_in()
+        if not (self.checkpoint or self.weights or self.from_scratch):
+            found["pretrain_epochs"] = self.pretrain_epochs or PretrainConfig.epochs
+        return found
+
+    def check_pretraining(self) -> None:
+        """Checks that there is a pretraining for the options that are about it.
+
+        Sweeps give these to all their runs, and need no such check.
+
+        Raises:
+          UserError: the run starts from something else.
+        """
+        for name, default in (("pretrain_seed", None), ("cache", CACHE)):
+            starts = self.checkpoint or self.weights or self.from_scratch
+            if starts and getattr(self, name) != default:
+                raise cli.UserError(f"{name} has no effect: {_NO_PRETRAINING}.")
 
 
 def main(config: FinetuneConfig) -> None:
     """Runs the experiment."""
+    config.check_pretraining()
     with contextlib.ExitStack() as held:
         folder = config.resume
         if folder is not None:
@@ -65,6 +94,8 @@ def main(config: FinetuneConfig) -> None:
             folders.check_can_start(config)
             if config.weights is not None and not config.weights.is_file():
                 raise cli.UserError(f"{config.weights} is not there.")
+        logs.check_log(config)
+        tasks.check_freeze(config)
         dataset = tasks.load_dataset(config)
         config.check_batch(len(dataset.train))
         task = build_task(config, dataset, folder)
@@ -115,7 +146,7 @@ def pretraining(config: FinetuneConfig, image_size: int) -> PretrainConfig:
         scale=None if recipe.scale == QAT.scale else recipe.scale,
         clip=None if recipe.clip == QAT.clip else recipe.clip,
         threshold=None if recipe.threshold == QAT.threshold else recipe.threshold,
-        epochs=config.pretrain_epochs,
+        epochs=config.pretrain_epochs or PretrainConfig.epochs,
         image_size=image_size,
         seed=config.seed if config.pretrain_seed is None else config.pretrain_seed,
     )
@@ -127,21 +158,25 @@ def _pretrained(config: FinetuneConfig, dataset: Dataset) -> pathlib.Path:
     Of several processes that want the same one, one makes it and the others wait for it.
     """
     options = pretraining(config, dataset.image_size[0])
-    digest = hashlib.sha256(json.dumps(options.to_json(), sort_keys=True).encode()).hexdigest()
+    made, why_not = newest_pretraining(options)
+    if made is not None and not why_not:
+        print(f"starting from the pretrained model in {made}")
+        return folders.checkpoint_at(made)
+    if made is not None:
+        print(f"{made} is not what to start from: {why_not}; --checkpoint {made} would take it")
+    # Defaults stay out of the name, so that an option added later renames no folder.
+    default = PretrainConfig().to_json()
+    values = {k: v for k, v in options.to_json().items() if v != default[k]}
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
     folder = config.cache / f"{config.model}-mnist5k-{digest[:12]}"
     # A finished one needs no lock: the cache may be one that cannot be written.
-    if not _finished(folder):
+    if not folders.finished(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with locks.locked(folder, wait_for=f"pretrains in {folder}"):
-            if not _finished(folder):
+            if not folders.finished(folder):
                 _pretrain(options, folder)
     print(f"starting from the pretrained model in {folder}")
     return folders.checkpoint_at(folder)
-
-
-def _finished(folder: pathlib.Path) -> bool:
-    checkpoint = latest_checkpoint(folder / "checkpoints")
-    return checkpoint is not None and (folder / "summary.json").exists()
 
 
 def _pretrain(options: PretrainConfig, folder: pathlib.Path) -> None:

@@ -135,8 +135,18 @@ def starting(config: RunConfig, kind: str) -> Iterator[pathlib.Path]:
 
 
 def checkpoint_at(path: pathlib.Path) -> pathlib.Path:
-    """The latest checkpoint of the run in a folder, or else the path itself."""
+    """The checkpoint of the run in a folder that was tested, else the latest, else the path."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        tested = json.loads((path / "summary.json").read_text())["checkpoint"]
+        if (path / "checkpoints" / tested).is_dir():
+            return path / "checkpoints" / tested
     return latest_checkpoint(path / "checkpoints") or path
+
+
+def finished(folder: pathlib.Path) -> bool:
+    """Whether the run in a folder is complete, its checkpoint included."""
+    checkpoint = latest_checkpoint(folder / "checkpoints")
+    return checkpoint is not None and (folder / "summary.json").exists()
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

@@ -9,8 +9,9 @@ import jax
 from flax import nnx
 
 from experiments.data import Dataset, epoch_order
+from experiments.runs.batches import on_device
 from experiments.runs.config import RunConfig
-from experiments.runs.steps import METRICS, build_train_step, on_device
+from experiments.runs.steps import METRICS, build_train_step
 from fqt_jax.training import TrainState, create_state, reset_metrics
 
 

@@ -1,12 +1,22 @@
-"""Pretraining: its options."""
+"""Pretraining: its options, and the newest run of it."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
+import pathlib
 
-from experiments.runs import folders, reporting, runner, tasks
-from experiments.runs.config import RunConfig, read_config
+from experiments.cli import UserError
+from experiments.runs import folders, logs, reporting, runner, tasks
+from experiments.runs.config import RunConfig
+from experiments.runs.saved_config import config_from_json, read_config
+from experiments.runs.summaries import read_summary
+
+RUNS = pathlib.Path("runs")
+"""Where runs are that were given no folder."""
+_OF_NO_ACCOUNT = ("data_dir", "diagnose", "test_each_epoch", "log", "save_minutes", "workers")
+"""Options that make no difference to what is trained."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +42,8 @@ def main(config: PretrainConfig) -> None:
             held.enter_context(folders.continuing(folder, "pretrain"))
         else:
             folders.check_can_start(config)
+        logs.check_log(config)
+        tasks.check_freeze(config)
         dataset = tasks.load_dataset(config)
         config.check_batch(len(dataset.train))
         task = tasks.build_task(config, dataset, None)
@@ -39,3 +51,41 @@ def main(config: PretrainConfig) -> None:
             folder = held.enter_context(folders.starting(config, "pretrain"))
         summary = runner.train(config, task, folder, "pretrain")
         reporting.print_summary(summary, folder)
+
+
+def newest_pretraining(options: PretrainConfig) -> tuple[pathlib.Path | None, str]:
+    """The newest run of experiments.pretrain under runs/, and why it is not the one of ``options``.
+
+    It is that one if all that decides its numbers is the same: then so is its model, bit for bit.
+    """
+    found = [path for path in RUNS.glob("*/config.json") if _is_pretraining(path.parent)]
+    if not found:
+        return None, ""
+    folder = max(found, key=lambda path: (path.stat().st_mtime, path)).parent
+    try:
+        saved = config_from_json(PretrainConfig, json.loads((folder / "config.json").read_text()))
+        values = saved.to_json()
+        if not folders.finished(folder):
+            return folder, "it is not complete"
+        if values["image_size"] is None:
+            values |= {
+                "image_size": read_summary(folder / "summary.json")["resolved"]["image_size"]
+            }
+    except (ValueError, TypeError, AttributeError, KeyError, UserError):
+        return folder, "it is damaged or of another version"
+    wanted = options.to_json()
+    differing = [
+        f"{name} is {values[name]}, not {wanted[name]}"
+        for name in wanted
+        if name not in _OF_NO_ACCOUNT and values[name] != wanted[name]
+    ]
+    return folder, ", ".join(differing)
+
+
+def _is_pretraining(folder: pathlib.Path) -> bool:
+    if folder.name.startswith("pretrain-"):
+        return True
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        summary = json.loads((folder / "summary.json").read_text())
+        return bool(summary["experiment"] == "pretrain")
+    return False

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import rich.progress
@@ -15,11 +17,12 @@ from fqt_jax.text import format_table
 
 
 class Progress:
-    """A progress bar on a terminal; elsewhere only the plain line that ends each epoch."""
+    """A plain line at the end of each epoch, and on a terminal a progress bar below them."""
 
     def __init__(self, total_steps: int):
         self._total = total_steps
         self._rate = _Rate()
+        self._seconds = self._waited = 0.0  # of all epochs
         self._bar: rich.progress.Progress | None = None
         self._task: rich.progress.TaskID | None = None
         if sys.stdout.isatty():
@@ -50,6 +53,24 @@ class Progress:
         """Images a second count from here on: at the start of an epoch, and after compilation."""
         self._rate.restart()
 
+    def count_to_here(self) -> None:
+        """The end of an epoch's steps."""
+        self._rate.stop()
+        self._seconds += self._rate.seconds
+        self._waited += self._rate.waited
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """In this block the device has nothing to do, and waits for a batch."""
+        began = time.perf_counter()
+        yield
+        self._rate.waited += time.perf_counter() - began
+
+    @property
+    def wait_fraction(self) -> float:
+        """The share of what was counted in which the device waited."""
+        return self._waited / self._seconds if self._seconds else 0.0
+
     def step(self, done: int, epoch: int, loss: float, images: int) -> None:
         """Reports the loss of a step that is over, the ``done``-th of the run."""
         self._rate.add(images)
@@ -63,37 +84,52 @@ class Progress:
         if self._bar is not None and self._task is not None:
             accuracy = f"{line['validation_accuracy']:.1%}"
             self._bar.update(self._task, completed=line["step"], accuracy=accuracy)
-            return
+        # On a terminal it appears above the bar, which takes over the standard output.
         print(
             f"epoch {line['epoch']}/{epochs}: loss {line['train_loss']:.4f}, "
             f"training accuracy {line['train_accuracy']:.1%}, "
             f"validation accuracy {line['validation_accuracy']:.1%}, "
-            f"{self._rate} images/s",
+            f"{self._rate} images/s, {self._rate.wait_fraction:.0%} waiting for them",
             flush=True,
         )
 
 
 class _Rate:
-    """Images a second since a moment; a dash where there were none."""
+    """Images a second since a moment, to now or to another; a dash where there were none."""
 
     def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
-        self._since, self._images = time.perf_counter(), 0
+        self._since, self._images, self.waited = time.perf_counter(), 0, 0.0
+        self._until: float | None = None
+
+    def stop(self) -> None:
+        self._until = time.perf_counter()
 
     def add(self, images: int) -> None:
         self._images += images
 
+    @property
+    def seconds(self) -> float:
+        return (self._until or time.perf_counter()) - self._since
+
+    @property
+    def wait_fraction(self) -> float:
+        return self.waited / self.seconds if self.waited else 0.0
+
     def __str__(self) -> str:
-        seconds = time.perf_counter() - self._since
-        return f"{self._images / seconds:.0f}" if self._images else "-"
+        return f"{self._images / self.seconds:.0f}" if self._images else "-"
 
 
 def print_summary(summary: dict[str, Any], folder: pathlib.Path) -> None:
     """Prints what a run came to."""
     found = {name: summary[name] for name in ("dataset", "model")} | {"recipe": summary["variant"]}
     found |= {name: summary[name] for name in ("optimizer", "start", "epochs")}
+    if summary.get("stopped"):
+        found["stopped"] = summary["stopped"]
+    if summary.get("tested_epoch", summary["epochs"]) != summary["epochs"]:
+        found["tested"] = f"epoch {summary['tested_epoch']}, the best by validation accuracy"
     found["parameters"] = f"{summary['parameters']:,}"
     found["validation accuracy"] = f"{summary['validation_accuracy']:.2%}"
     found["test accuracy"] = f"{summary['test_accuracy']:.2%} of {summary['test_images']} images"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -18,26 +20,31 @@ from flax import nnx
 
 from experiments import process
 from experiments.cli import UserError
-from experiments.data import epoch_order
+from experiments.data.schedule import Part
 from experiments.process import Interrupted, StopOnSignal
 from experiments.runs import reporting
+from experiments.runs.batches import Batches, batches
 from experiments.runs.checkpoints import RunCheckpoints
 from experiments.runs.config import RunConfig
 from experiments.runs.diagnosis import Diagnosis
+from experiments.runs.divergence import origin
 from experiments.runs.folders import write_json, write_text
+from experiments.runs.logs import Log, NoLog, open_log
 from experiments.runs.steps import (
     METRICS,
-    Data,
+    Step,
     build_eval_step,
     build_train_step,
     evaluate,
-    on_device,
+    training_images,
 )
+from experiments.runs.stopping import best_epoch, reason_to_stop
 from experiments.runs.summaries import read_summary, summarize
-from experiments.runs.tasks import Task, augmentation
+from experiments.runs.tasks import Task, augmentation, resolved
+from fqt_jax.averaging import averaged_parameters
+from fqt_jax.batches import take
 from fqt_jax.checkpoints import nonfinite_arrays, read_metadata, restore_checkpoint
-from fqt_jax.steps import GatheredEvalStep, GatheredTrainStep
-from fqt_jax.training import create_state, reset_metrics
+from fqt_jax.training import TrainState, create_state, reset_metrics
 
 _IN_FLIGHT = 4
 """Steps dispatched ahead of the device, so that it never waits, nor the user after Ctrl-C."""
@@ -51,8 +58,8 @@ class Steps(NamedTuple):
     """An optimizer with its compiled steps: the same for runs that differ in seed or rates."""
 
     optimizer: optax.GradientTransformation
-    train: GatheredTrainStep
-    evaluate: GatheredEvalStep
+    train: Step
+    evaluate: Step
 
 
 SharedSteps = dict[Hashable, Steps]
@@ -70,12 +77,16 @@ def train(
 ) -> dict[str, Any]:
     """Trains, from the start or from the folder's last checkpoint, to the end.
 
-    Writes to the folder after each epoch: a checkpoint, a line of ``metrics.jsonl``, and the
-    picture of the curves, with ``diagnose`` also ``diagnosis.png``; at the end ``summary.json``,
-    with the accuracy on the test split, which nothing is chosen by.
+    Writes to the folder at the start ``layers.txt``, the table of the conversion, and
+    ``resolved.json``, what options that were left open became; after each epoch a checkpoint, a
+    line of ``metrics.jsonl``, and the picture of the curves, with ``diagnose`` also
+    ``diagnosis.png``; at the end ``summary.json``, with the accuracy on the test split, which
+    nothing is chosen by. With ``patience`` the run may stop early, and what is tested is its best
+    epoch.
 
-    The last two checkpoints are kept. A state that is not finite is never saved. Where the last
-    checkpoint is damaged, the run goes on from the one before, and says so.
+    The last two checkpoints are kept, and that of the best epoch. A state that is not finite is
+    never saved. Where the last checkpoint is damaged, the run goes on from the one before, and says
+    so.
 
     Args:
       config: the options.
@@ -83,7 +94,8 @@ def train(
       folder: the run's folder; it exists.
       kind: name of the experiment, for messages.
       shared: the steps that other runs of this process compiled; this run's are added.
-      save_seconds: least time between checkpoints; 0 for one each epoch.
+      save_seconds: least time between checkpoints; 0 for one each epoch. With it, a run that
+        diverges does not look for the layer where that began.
 
     Returns:
       The summary.
@@ -103,6 +115,8 @@ def train(
         if error.filename is None:  # a disk that is full while a file is written
             error.filename = str(folder)
         raise
+    finally:
+        run.log.close()
 
 
 def _steps(config: RunConfig, task: Task, graphdef: Any, total_steps: int) -> Steps:
@@ -138,17 +152,22 @@ class _Run:
         if program not in shared:
             shared[program] = _steps(config, task, graphdef, self.total_steps)
         self.steps = shared[program]
-        _, state = create_state(task.model, self.steps.optimizer, METRICS)
-        opt_state = config.build_optimizer().set_rates(state.opt_state)
-        self.state = dataclasses.replace(state, opt_state=opt_state)
+        self.graphdef = graphdef
+        self.state = state = self._beginning()
         self.key = jax.random.key(config.seed)
         self.start = task.start
         self.history: list[dict[str, Any]] = []
+        self.log: Log = NoLog()
         self.step_seconds: list[float] = []
         self.checkpoints = RunCheckpoints(folder / "checkpoints")
         self.saved_at = time.perf_counter()
         self.compiled = False
         self.diagnosis = Diagnosis(config, dataset, graphdef, state) if config.diagnose else None
+
+    def _beginning(self) -> TrainState:
+        _, state = create_state(self.task.model, self.steps.optimizer, METRICS)
+        opt_state = self.config.build_optimizer().set_rates(state.opt_state)
+        return dataclasses.replace(state, opt_state=opt_state)
 
     def go(self) -> dict[str, Any]:
         summary_path = self.folder / "summary.json"
@@ -157,44 +176,64 @@ class _Run:
             print(f"{self.folder} is complete already.")
             return summary
         self._restore()
+        self.log = open_log(self.config, self.folder, self._steps_told())
         write_text(self.folder / "layers.txt", f"{self.task.table}\n")
-        dataset = self.task.dataset
-        train_data = on_device(dataset.train)
-        validation_data = on_device(dataset.validation)
+        write_json(self.folder / "resolved.json", resolved(self.config, self.task.dataset))
         began = time.perf_counter()
-        with StopOnSignal() as stop, reporting.Progress(self.total_steps) as progress:
-            for epoch in range(int(self.state.step) // self.steps_per_epoch, self.config.epochs):
-                self._train_epoch(epoch, train_data, stop, progress)
-                self._end_epoch(epoch, validation_data, progress)
-                if stop.requested:
-                    self._save_and_stop(epoch)
+        with contextlib.closing(batches(self.config, self.task.dataset)) as made:
+            with StopOnSignal() as stop, reporting.Progress(self.total_steps) as progress:
+                first = int(self.state.step) // self.steps_per_epoch
+                for epoch in range(first, self.config.epochs):
+                    if reason_to_stop(self.history, self.config.patience):
+                        break
+                    self._train_epoch(epoch, made, stop, progress)
+                    self._end_epoch(epoch, made, progress)
+                    if stop.requested:
+                        self._save_and_stop(epoch)
+            stopped = reason_to_stop(self.history, self.config.patience)
+            if len(self.history) == self.config.epochs:
+                stopped = None
+            elif stopped:
+                print(f"stopped early, {stopped}")
+            steps = int(self.state.step)
+            chosen = self._choose()
+            test = self._evaluate(made, "test", self.config.epochs)
         summary = summarize(
             self.config,
             self.task,
             self.state.params,
             experiment=self.kind,
             start=self.start,
-            steps=self.total_steps,
-            last=self.history[-1],
-            test=self._evaluate(on_device(dataset.test)),
+            steps=steps,
+            chosen=chosen,
+            stopped=stopped,
+            test=test,
             step_seconds=self.step_seconds,
+            wait_fraction=progress.wait_fraction,
             seconds=time.perf_counter() - began,
         )
         write_json(summary_path, summary)
+        told = {name: summary[name] for name in ("test_loss", "test_accuracy")}
+        self.log.write({"step": steps, **told})
         reporting.plot_curves(self.history, summary, self.folder / "curves.png")
         return summary
 
+    def _steps_told(self) -> int:
+        """The steps of the epochs that are in the history."""
+        return int(self.history[-1]["step"]) if self.history else 0
+
+    def _choose(self) -> dict[str, Any]:
+        """The epoch that is tested, whose state is then the run's: the last, or the best."""
+        if self.config.patience is None:
+            return self.history[-1]
+        best = best_epoch(self.history)
+        if best["step"] != int(self.state.step):
+            self.state = restore_checkpoint(self.checkpoints.at(best["step"]), self.state)
+        return best
+
     def _train_epoch(
-        self, epoch: int, data: Data, stop: StopOnSignal, progress: reporting.Progress
+        self, epoch: int, made: Batches, stop: StopOnSignal, progress: reporting.Progress
     ) -> None:
-        labels = self.task.dataset.train.labels
-        order = epoch_order(
-            len(labels),
-            self.config.batch_size,
-            self.config.seed,
-            epoch,
-            labels=labels if self.config.stratify else None,
-        )
         in_flight: collections.deque[tuple[int, jax.Array]] = collections.deque()
         finished: list[float] = []
 
@@ -203,13 +242,19 @@ class _Run:
             value = float(loss)
             finished.append(time.perf_counter())
             if not math.isfinite(value):
-                raise self._diverged(f"the loss became {value} at step {step}", epoch)
+                where = self._where(step, made)
+                raise self._diverged(f"the loss became {value} at step {step}{where}", epoch)
             progress.step(step, epoch, value, self.config.batch_size)
 
         progress.count_from_here()
         first = int(self.state.step) % self.steps_per_epoch
+        ahead = made.train(epoch, first)
         for i in range(first, self.steps_per_epoch):
-            self.state, loss = self.steps.train(self.state, data, order[i], self.key)
+            while in_flight and not made.ready():
+                wait()  # the device is busy: only what comes after that is waiting for data
+            with progress.waiting():
+                batch = next(ahead)
+            self.state, loss = self.steps.train(self.state, *batch, self.key)
             stop.defer()  # before its first step a run has nothing to save
             in_flight.append((epoch * self.steps_per_epoch + i + 1, loss))
             if not self.compiled:
@@ -219,18 +264,22 @@ class _Run:
             elif len(in_flight) > _IN_FLIGHT:
                 # The loss of a step long dispatched: the device is not kept waiting for it.
                 wait()
-            if stop.requested and i + 1 < self.steps_per_epoch:
+            if i + 1 < self.steps_per_epoch and (stop.requested or self._minutes_are_over()):
                 while in_flight:
                     wait()
-                self._save_and_stop(epoch)
+                if stop.requested:
+                    self._save_and_stop(epoch)
+                self._check_finite(epoch)
+                self._save()
         while in_flight:
             wait()
+        progress.count_to_here()
         self.step_seconds += np.diff(finished).tolist()
 
-    def _end_epoch(self, epoch: int, validation: Data, progress: reporting.Progress) -> None:
+    def _end_epoch(self, epoch: int, made: Batches, progress: reporting.Progress) -> None:
         self._check_finite(epoch)
         trained = self.state.metrics.means()
-        held_out = self._evaluate(validation)
+        held_out = self._evaluate(made, "validation", epoch)
         line: dict[str, Any] = {
             "epoch": epoch + 1,
             "step": int(self.state.step),
@@ -240,27 +289,36 @@ class _Run:
             "validation_accuracy": held_out["accuracy"],
         }
         if self.config.test_each_epoch:
-            line["test_accuracy"] = self._evaluate(on_device(self.task.dataset.test))["accuracy"]
+            line["test_accuracy"] = self._evaluate(made, "test", epoch)["accuracy"]
         if self.diagnosis:
             line["diagnosis"] = self.diagnosis.after_epoch(self.state)
         self.history.append(line)
         self.state = reset_metrics(self.state)
         due = time.perf_counter() - self.saved_at >= self.save_seconds
+        if self.config.patience is not None:
+            due |= best_epoch(self.history) is line  # what is to be tested has to be there
         if due:
             self._save()
         self._write_metrics()
+        self.log.write(line)
         if due:
             reporting.plot_curves(self.history, None, self.folder / "curves.png")
         progress.epoch(line, self.config.epochs)
         if self.diagnosis:
             self.diagnosis.report(self.history, self.folder)
 
-    def _evaluate(self, data: Data) -> dict[str, float]:
-        return evaluate(self.steps.evaluate, self.state, data, self.config.batch_size)
+    def _evaluate(self, made: Batches, part: Part, epoch: int) -> dict[str, float]:
+        state = dataclasses.replace(self.state, params=averaged_parameters(self.state))
+        return evaluate(self.steps.evaluate, state, made.evaluate(part, epoch))
+
+    def _minutes_are_over(self) -> bool:
+        minutes = self.config.save_minutes
+        return minutes is not None and time.perf_counter() - self.saved_at >= 60 * minutes
 
     def _save(self) -> None:
+        best = best_epoch(self.history)["step"] if self.history else None
+        self.checkpoints.save(self.state, self._metadata(), best=best)
         self.saved_at = time.perf_counter()
-        self.checkpoints.save(self.state, self._metadata())
 
     def _save_and_stop(self, epoch: int) -> NoReturn:
         self._check_finite(epoch)
@@ -281,6 +339,29 @@ class _Run:
                 f"{int(self.state.step)}, {wrong[0]} for one",
                 epoch,
             )
+
+    def _where(self, step: int, made: Batches) -> str:
+        """Where it began that a step's loss is not finite: the steps before it are taken again."""
+        if self.save_seconds:  # a run of many, which is expected at the highest rates
+            return ""
+        path, _ = self.checkpoints.newest()
+        state = self._beginning()
+        state = restore_checkpoint(path, state) if path else state
+        print(f"taking the steps from {int(state.step) + 1} again, to see where that began")
+        epoch, first = divmod(int(state.step), self.steps_per_epoch)
+        steps = itertools.chain.from_iterable(
+            made.train(each, first if each == epoch else 0)
+            for each in range(epoch, self.config.epochs)
+        )
+        for given in itertools.islice(steps, step - 1 - int(state.step)):
+            state, _ = self.steps.train(state, *given, self.key)
+        given = next(steps)
+        # The data and which of them, or the images themselves.
+        batch = take(*given) if len(given) == 2 else given[0]
+        flip, pad = augmentation(self.config, self.task.dataset)
+        preprocess = training_images(self.task.dataset, flip=flip, pad=pad)
+        images = preprocess(batch, jax.random.fold_in(self.key, step - 1))["image"]
+        return f": {origin(self.graphdef, state, images)}"
 
     def _diverged(self, what: str, epoch: int) -> Diverged:
         whole, _ = self.checkpoints.newest()

@@ -1,18 +1,17 @@
-"""The compiled steps of a run: classification of images that lie on the device."""
+"""The compiled steps of a run: classification of images, on the device or streamed to it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 
-from experiments.data import Dataset, Split
+from experiments.data import Dataset, Streamed
 from experiments.data.augment import augment, normalize
+from experiments.runs.batches import Data
 from experiments.runs.config import RunConfig
-from fqt_jax.steps import GatheredEvalStep, GatheredTrainStep
 from fqt_jax.training import (
     CrossEntropy,
     TrainState,
@@ -21,16 +20,13 @@ from fqt_jax.training import (
     make_train_step,
 )
 
+Step = Callable[..., Any]
+"""A step of :mod:`fqt_jax.steps`, which takes one of :class:`experiments.runs.batches.Batches`."""
+
+_IN_FLIGHT = 8
+
 METRICS = ("accuracy",)
 """What the steps sum besides the loss."""
-
-Data = dict[str, jax.Array]
-"""``"image"``, as bytes, and ``"label"``."""
-
-
-def on_device(split: Split) -> Data:
-    """A split as the steps take it."""
-    return {"image": jnp.asarray(split.images), "label": jnp.asarray(split.labels)}
 
 
 def build_train_step(
@@ -41,35 +37,43 @@ def build_train_step(
     *,
     flip: bool = False,
     pad: int = 0,
-) -> GatheredTrainStep:
-    """The training step of a run: ``step(state, data, indices, key) -> (state, loss)``.
+) -> Step:
+    """The training step of a run: ``step(state, *batch, key) -> (state, loss)``.
+
+    ``batch`` is one of :class:`experiments.runs.batches.Batches`: ``data, indices`` of a data set
+    that is held on the device, or the images themselves.
 
     Args:
       config: decides label smoothing and the estimator.
       dataset: its statistics normalize images.
       graphdef: structure of the model.
       optimizer: the optimizer.
-      flip, pad: of :func:`experiments.data.augment.augment`.
+      flip, pad: of :func:`experiments.data.augment.augment`; a stream has its own augmentation.
     """
     loss = CrossEntropy(dataset.num_classes, config.label_smoothing)
-
-    def preprocess(batch: Data, key: jax.Array) -> Data:
-        images = augment(batch["image"], key, flip=flip, pad=pad)
-        return batch | {"image": normalize(images, dataset.mean, dataset.std)}
-
     step = make_train_step(
         graphdef,
         optimizer,
         loss=loss,
         estimator=config.build_estimator(),
         metrics={"accuracy": loss.accuracy},
-        preprocess=preprocess,
+        preprocess=training_images(dataset, flip=flip, pad=pad),
     )
-    return gather_on_device(step)
+    return step if isinstance(dataset.train, Streamed) else gather_on_device(step)
 
 
-def build_eval_step(dataset: Dataset, graphdef: Any) -> GatheredEvalStep:
-    """The evaluation step, without label smoothing."""
+def training_images(dataset: Dataset, *, flip: bool, pad: int) -> Callable[[Data, jax.Array], Data]:
+    """``(batch, key) -> batch``: what a training step does to images before the model."""
+
+    def preprocess(batch: Data, key: jax.Array) -> Data:
+        images = augment(batch["image"], key, flip=flip, pad=pad)
+        return batch | {"image": normalize(images, dataset.mean, dataset.std)}
+
+    return preprocess
+
+
+def build_eval_step(dataset: Dataset, graphdef: Any) -> Step:
+    """The evaluation step, without label smoothing: ``step(state, sums, *batch) -> sums``."""
     loss = CrossEntropy(dataset.num_classes)
 
     def preprocess(batch: Data) -> Data:
@@ -77,17 +81,16 @@ def build_eval_step(dataset: Dataset, graphdef: Any) -> GatheredEvalStep:
 
     metrics = {"accuracy": loss.accuracy}
     step = make_eval_step(graphdef, loss=loss, metrics=metrics, preprocess=preprocess)
-    return gather_on_device(step)
+    return step if isinstance(dataset.train, Streamed) else gather_on_device(step)
 
 
-def evaluate(
-    step: GatheredEvalStep, state: TrainState, data: Data, batch_size: int
-) -> dict[str, float]:
-    """Mean loss and accuracy on a split, in batches of one size."""
-    n, sums = len(data["label"]), None
-    for start in range(0, n, batch_size):
-        indices = np.arange(start, start + batch_size, dtype=np.int32)
-        sums = step(state, sums, data, np.where(indices < n, indices, np.int32(-1)))
+def evaluate(step: Step, state: TrainState, batches: Iterable[tuple[Any, ...]]) -> dict[str, float]:
+    """Mean loss and accuracy over batches of one size."""
+    sums = None
+    for number, batch in enumerate(batches):
+        sums = step(state, sums, *batch)
+        if number % _IN_FLIGHT == 0:  # so that not all of a stream piles up on the device
+            jax.block_until_ready(sums)
     if sums is None:
         raise ValueError("the split is empty.")
     return sums.means()

@@ -11,7 +11,7 @@ import jax
 
 from experiments.cli import UserError
 from experiments.runs.config import RunConfig
-from experiments.runs.tasks import Task
+from experiments.runs.tasks import Task, resolved
 
 
 def summarize(
@@ -22,9 +22,11 @@ def summarize(
     experiment: str,
     start: str,
     steps: int,
-    last: dict[str, Any],
+    chosen: dict[str, Any],
+    stopped: str | None,
     test: dict[str, float],
     step_seconds: list[float],
+    wait_fraction: float,
     seconds: float,
 ) -> dict[str, Any]:
     """The summary of a run that is complete.
@@ -36,9 +38,12 @@ def summarize(
       experiment: name of the experiment.
       start: what it started from.
       steps: how many steps it took.
-      last: the last epoch's line of ``metrics.jsonl``.
+      chosen: the line of ``metrics.jsonl`` of the epoch that was tested: the last one, or with
+        ``patience`` the best.
+      stopped: why it stopped before its last epoch, if it did.
       test: loss and accuracy on the test split.
       step_seconds: how long its steps took each.
+      wait_fraction: the share of the time of training in which the device had no batch.
       seconds: how long all of it took.
     """
     gradient = config.build_recipe().gradient
@@ -55,15 +60,20 @@ def summarize(
         "seed": config.seed,
         "start": start,
         "epochs": config.epochs,
+        "stopped": stopped,
+        "resolved": resolved(config, task.dataset),
+        "tested_epoch": chosen["epoch"],
+        "checkpoint": f"step_{chosen['step']:08d}",
         "steps": steps,
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
-        "train_loss": last["train_loss"],
-        "validation_loss": last["validation_loss"],
-        "validation_accuracy": last["validation_accuracy"],
+        "train_loss": chosen["train_loss"],
+        "validation_loss": chosen["validation_loss"],
+        "validation_accuracy": chosen["validation_accuracy"],
         "test_loss": test["loss"],
         "test_accuracy": test["accuracy"],
         "test_images": len(task.dataset.test),
         "step_ms": _median_ms(step_seconds),
+        "wait_fraction": round(wait_fraction, 4),
         "seconds": round(seconds, 1),
     }
 
@@ -89,7 +99,7 @@ def read_summary(path: pathlib.Path) -> dict[str, Any]:
     )
 
 
-_NAMES = {
+_NAMES = {  # all but what summaries of earlier versions lack
     "experiment",
     "dataset",
     "model",

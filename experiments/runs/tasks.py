@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import warnings
 from typing import Any
 
 from flax import nnx
 
-from experiments.data import DataError, Dataset, load
+from experiments.cli import UserError
+from experiments.data import DataError, Dataset, Streamed, load
 from experiments.data.augment import normalize
-from experiments.runs.config import RunConfig
+from experiments.runs.config import NO_PAD, NO_WORKERS, RunConfig
 from fqt_jax.calibration import calibrate
 from fqt_jax.checkpoints import load_parameters
 from fqt_jax.convert import ConversionTable, quantize
 from fqt_jax.kernels import check_implementation
-from fqt_jax.models import create_model
+from fqt_jax.models import create_model, has_stem
 from fqt_jax.weights import load as load_weights
 from fqt_jax.weights import statistics
 
@@ -33,15 +35,55 @@ class Task:
     start: str
 
 
-def load_dataset(config: RunConfig) -> Dataset:
-    """The run's data set, held in memory."""
-    return load(
+def check_freeze(config: RunConfig) -> None:
+    """Checks that ``freeze`` matches parameters of the model, before any data are read.
+
+    Raises:
+      ValueError: it matches none, or all.
+    """
+    if config.freeze is None:
+        return
+
+    def build() -> Any:
+        rngs = nnx.Rngs(0)
+        model = create_model(
+            config.model, num_classes=2, in_features=3, width=config.width, rngs=rngs
+        )
+        return quantize(model, config.build_recipe(), rngs=rngs).model
+
+    with warnings.catch_warnings():  # they come again when the model itself is made
+        warnings.simplefilter("ignore")
+        model = nnx.eval_shape(build)
+    config.build_optimizer().labels(nnx.state(model, nnx.Param))
+
+
+def load_dataset(config: RunConfig, *, can_stream: bool = True) -> Dataset:
+    """The run's data set, held in memory or streamed.
+
+    Args:
+      config: the options.
+      can_stream: whether the experiment takes data that are streamed.
+
+    Raises:
+      DataError: the data are missing or damaged.
+      UserError: an option would have no effect, as the data are streamed, or as they are not.
+    """
+    if not can_stream and (config.stream != "auto" or config.workers is not None):
+        raise UserError("stream and workers have no effect here: all images are held in memory.")
+    dataset = load(
         config.dataset,
         image_size=config.image_size,
         validation_fraction=config.validation_fraction,
         data_dir=config.data_dir,
         limit=config.limit,
+        stream=config.stream if can_stream else "no",
     )
+    streams = isinstance(dataset.train, Streamed)
+    if streams and config.pad is not None:
+        raise UserError(f"{config.dataset} is streamed, with random crops of its own: {NO_PAD}")
+    if not streams and config.workers is not None:
+        raise UserError(f"{config.dataset} is held in memory: {NO_WORKERS}")
+    return dataset
 
 
 def normalized_for(dataset: Dataset, weights: pathlib.Path) -> Dataset:
@@ -89,7 +131,7 @@ def build_task(
         rngs=nnx.Rngs(config.seed + 1),
     )
     if recipe.threshold != "zero":
-        images = normalize(dataset.train.images[:_CALIBRATED], dataset.mean, dataset.std)
+        images = normalize(dataset.train.first(_CALIBRATED), dataset.mean, dataset.std)
         calibrate(model, images)
     return Task(dataset, model, table, start)
 
@@ -108,10 +150,36 @@ def model_options(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
     }
 
 
+def resolved(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
+    """What the options that were left open became."""
+    height, width = dataset.image_size
+    streamed = isinstance(dataset.train, Streamed)
+    return {
+        **config.filled_in(),
+        "image_size": height if height == width else [height, width],
+        "stem": model_options(config, dataset)["stem"] if has_stem(config.model) else config.stem,
+        "stream": "yes" if streamed else "no",
+        "flip": flips(config, dataset),
+        "pad": None if streamed else augmentation(config, dataset)[1],
+    }
+
+
+def flips(config: RunConfig, dataset: Dataset) -> bool:
+    """Whether to mirror training images: what was asked, or what suits the data."""
+    return not _is_text(dataset) if config.flip is None else config.flip
+
+
 def augmentation(config: RunConfig, dataset: Dataset) -> tuple[bool, int]:
-    """Whether to flip and by how much to pad: what was asked, or what suits the data."""
-    is_text = dataset.name in ("digits", "mnist5k")
-    flip = not is_text if config.flip is None else config.flip
+    """Whether the step mirrors images, and by how much it pads and crops them.
+
+    Neither where they are streamed: what makes a stream does that.
+    """
+    if isinstance(dataset.train, Streamed):
+        return False, 0
     if config.pad is not None:
-        return flip, config.pad
-    return flip, 0 if is_text else min(dataset.image_size) // 8
+        return flips(config, dataset), config.pad
+    return flips(config, dataset), 0 if _is_text(dataset) else min(dataset.image_size) // 8
+
+
+def _is_text(dataset: Dataset) -> bool:
+    return dataset.name in ("digits", "mnist5k")

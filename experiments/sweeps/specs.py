@@ -17,8 +17,26 @@ from experiments.runs.finetuning import FinetuneConfig
 Axis = Literal["dataset", "model", "recipe", "optimizer"]
 
 _MODEL_OPTIONS = ("width", "stem", "checkpoint")
-_OPTIMIZER_OPTIONS = ("learning_rate", "weight_decay", "momentum", "schedule")
-_NOT_OF_A_DATASET = ("seed", "cache", "implementation", "out", "resume", "pretrain_seed")
+_OPTIMIZER_OPTIONS = (
+    "learning_rate",
+    "weight_decay",
+    "momentum",
+    "schedule",
+    "warmup_epochs",
+    "cosine_epochs",
+    "clip_norm",
+    "ema_decay",
+)
+_NOT_OF_A_DATASET = (
+    "seed",
+    "cache",
+    "implementation",
+    "out",
+    "resume",
+    "pretrain_seed",
+    "log",
+    "save_minutes",
+)
 _OPTIONS: dict[Axis, tuple[str, ...]] = {
     "model": _MODEL_OPTIONS,
     "recipe": RECIPE_PARTS,
@@ -46,8 +64,9 @@ def parse(axis: Axis, text: str) -> Spec:
     Args:
       axis: what ``NAME`` is the name of. A model takes the options width, stem and checkpoint; a
         recipe bits, keep, sampler, importance, groups, prune, scale, clip, one_draw and stratify;
-        an optimizer learning_rate, weight_decay, momentum and schedule; a data set these and all
-        others, such as epochs, limit and from_scratch.
+        an optimizer learning_rate, weight_decay, momentum, schedule, warmup_epochs, cosine_epochs,
+        clip_norm and ema_decay; a data set these and all others, such as epochs, limit and
+        from_scratch.
       text: the point. An option without a value is true. Without a label, the text is the label.
 
     Raises:

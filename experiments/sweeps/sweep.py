@@ -20,9 +20,9 @@ from typing import Any
 
 from experiments.cli import UserError
 from experiments.data import DATASETS, embedded
-from experiments.runs.config import config_from_json
 from experiments.runs.finetuning import FinetuneConfig
 from experiments.runs.folders import write_json
+from experiments.runs.saved_config import config_from_json
 from experiments.sweeps.specs import Axis, Spec, parse
 from fqt_jax.kernels import check_implementation
 

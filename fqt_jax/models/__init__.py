@@ -38,7 +38,12 @@ MODELS: dict[str, Callable[..., Any]] = {
 
 
 def has_stem(name: str) -> bool:
-    """Whether a model has one stem for small images and one for those of ImageNet's size."""
+    """Whether a model of that name has a choice of stems.
+
+    Example:
+      >>> has_stem("resnet18"), has_stem("vgg11"), has_stem("resnet50_torch")
+      (True, False, False)
+    """
     return name.startswith(("resnet", "mobilenet")) and name not in TORCH_MODELS
 
 

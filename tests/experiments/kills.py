@@ -28,7 +28,7 @@ from flax import nnx
 
 from experiments.finetune import FinetuneConfig
 from experiments.runs import tasks
-from experiments.runs.config import read_config
+from experiments.runs.saved_config import read_config
 from experiments.runs.steps import METRICS
 from fqt_jax.checkpoints import latest_checkpoint, read_metadata, restore_checkpoint
 from fqt_jax.training import TrainState, create_state
@@ -155,7 +155,7 @@ def compare(run: pathlib.Path, whole: pathlib.Path) -> None:
         assert (run / name).read_bytes() == (whole / name).read_bytes(), f"{run / name} differs"
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (run, whole)]
     for summary in summaries:
-        del summary["seconds"], summary["step_ms"]
+        del summary["seconds"], summary["step_ms"], summary["wait_fraction"]
     assert summaries[0] == summaries[1], f"{run / 'summary.json'} differs"
     found, expected = (latest_checkpoint(folder / "checkpoints") for folder in (run, whole))
     assert found is not None, f"{run} has no checkpoint"

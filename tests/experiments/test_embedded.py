@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from experiments.data import DATASETS, DataError, Dataset, Split, embedded, load
 from experiments.data.dataset import channel_statistics
+from experiments.data.pictures import ArrayPictures
 from experiments.data.splits import Source, assemble, content_keys, stratified_order
 
 SIZES = {"mnist5k": (3600, 400, 1000), "digits": (1080, 120, 597)}
@@ -175,7 +176,7 @@ def test_invalid_datasets():
 def toy_source(labels: np.ndarray, order: np.ndarray) -> Source:
     pixels = np.arange(len(labels), dtype=np.uint8)[order]
     keys = content_keys([bytes([pixel]) for pixel in pixels], seed=3)
-    return Source(labels[order], keys, lambda indices: pixels[indices][:, None, None, None])
+    return Source(labels[order], keys, ArrayPictures(pixels[:, None, None, None]), (1, 1))
 
 
 def test_splits_do_not_depend_on_the_order_of_a_file(rng):

@@ -99,10 +99,32 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(monkeypatch, at):
     epoch = at // EPOCH + 1
     left = last_good(EPOCH) if epoch > 1 else "The run's first checkpoint was yet to come."
     assert str(caught.value) == (
-        f"the loss became nan at step {at + 1}, in epoch {epoch}: lower the learning rate. {left}"
+        f"the loss became nan at step {at + 1}: it began in the update before it, of the layer "
+        f"head, in epoch {epoch}: lower the learning rate. {left}"
     )
     assert taken[-1] <= at + 1 + runner._IN_FLIGHT
     assert steps_saved() == [EPOCH] * (epoch - 1)
+
+
+def test_the_layer_where_a_loss_stops_to_be_finite_is_named(monkeypatch):
+    """One parameter after another grows too large, in the first epoch and after it."""
+    places = [(EPOCH + 2, ("head",), "in the layer head")]
+    places += [(2, ("features", "layers", 4), "in the layer features/layers/4")]
+    for at, path, where in places:
+        original = runner.build_train_step
+
+        def grow(state, path=path):
+            part = state.params
+            for name in path:
+                part = part[name]
+            part["kernel"][...] = jnp.full_like(part["kernel"][...], 3e38)
+            return state
+
+        after_step(monkeypatch, at, grow)
+        with pytest.raises(runner.Diverged, match=f"at step {at + 1}: it began {where}, in epoch"):
+            main(config())
+        monkeypatch.setattr(runner, "build_train_step", original)
+        shutil.rmtree(RUN, ignore_errors=True)
 
 
 @pytest.mark.parametrize("at", [EPOCH + 2, EPOCH + 3, 2 * EPOCH])
@@ -127,8 +149,8 @@ def test_what_a_run_lost_is_trained_again_to_the_same_numbers(capsys):
     """Its last checkpoint is damaged: it goes on from the one before."""
     main(config())
     whole, summary = lines(RUN), json.loads((RUN / "summary.json").read_text())
-    newest, before = list_checkpoints(CHECKPOINTS)
-    assert steps_saved() == [3 * EPOCH, 2 * EPOCH]
+    newest, before = list_checkpoints(CHECKPOINTS)[:2]
+    assert steps_saved()[:2] == [3 * EPOCH, 2 * EPOCH]
     expected = jax.tree.leaves(restored(newest).params)
     (RUN / "summary.json").unlink()
     (newest / "metadata.json").write_text("{}")
@@ -140,10 +162,10 @@ def test_what_a_run_lost_is_trained_again_to_the_same_numbers(capsys):
     )
     assert f"resuming run from {before.name}, after step {2 * EPOCH} of {3 * EPOCH}" in printed
     assert lines(RUN) == whole
-    timed = {"seconds": 0, "step_ms": 0}
+    timed = {"seconds": 0, "step_ms": 0, "wait_fraction": 0}
     again = json.loads((RUN / "summary.json").read_text())
     assert {**again, **timed} == {**summary, **timed}
-    assert list_checkpoints(CHECKPOINTS) == [newest, before]
+    assert list_checkpoints(CHECKPOINTS)[:2] == [newest, before]
     for got, wanted in zip(jax.tree.leaves(restored(newest).params), expected, strict=True):
         np.testing.assert_array_equal(got, wanted)
 
@@ -230,5 +252,7 @@ def test_a_damaged_summary_is_named_and_can_be_made_again():
     resume()
     assert json.loads(path.read_text()).keys() == summary.keys()
     assert json.loads(path.read_text())["test_loss"] == summary["test_loss"]
-    assert summary.keys() == summaries._NAMES
+    # Which older ones lack.
+    new = {"wait_fraction", "resolved", "stopped", "tested_epoch", "checkpoint"}
+    assert summary.keys() == summaries._NAMES | new
     assert read_metadata(list_checkpoints(CHECKPOINTS)[0])["history"] == lines(RUN)

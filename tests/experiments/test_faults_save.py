@@ -14,7 +14,7 @@ import pytest
 from experiments.runs.checkpoints import RunCheckpoints
 from fqt_jax.checkpoints import CheckpointError
 from tests.experiments.faults import Faults
-from tests.experiments.saves import KILLED, begin, goes_on, newest, operations, save
+from tests.experiments.saves import KILLED, begin, goes_on, newest, operations, save, state
 
 pytestmark = pytest.mark.skipif(
     not pathlib.Path("/proc/self/fd").exists(), reason="tells the paths of open files by /proc"
@@ -87,3 +87,11 @@ def test_wherever_it_is_killed_a_good_checkpoint_is_left(root):
         goes_on(root / str(k))
     assert len(steps) > 50
     assert (steps[0], steps[-1]) == (2, 3)
+
+
+def test_the_last_two_and_the_best_are_kept(root):
+    checkpoints = RunCheckpoints(root)
+    for step, best in ((1, None), (2, 2), (3, 2), (4, 2), (5, 5), (6, 9)):
+        checkpoints.save(state(step), {}, best=best)
+        kept = {best, step, step - 1} - {None, 0, 9}
+        assert {path.name for path in root.iterdir()} == {f"step_{k:08d}" for k in kept}

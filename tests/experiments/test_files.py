@@ -8,8 +8,6 @@ import pytest
 from PIL import Image
 
 from experiments.data import DataError, load
-from experiments.runs.config import RunConfig
-from experiments.runs.tasks import load_dataset
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
@@ -199,7 +197,7 @@ def test_bad_arrays_are_named(arrays, message):
 
 def test_more_than_the_machine_holds_is_refused_at_once():
     with pytest.raises(DataError, match=r"images of 99999x99999 take .* GiB, and this machine has"):
-        load_dataset(RunConfig(dataset="digits", image_size=99999))
+        load("digits", image_size=99999)
 
 
 def test_what_pillow_says_is_one_line():

@@ -80,6 +80,10 @@ def test_runs_that_differ_in_their_seeds_alone_are_one_line(tmp_path, monkeypatc
     page = Page(text)
     assert page.open == []
     assert page.outside == []
+    style = text.split("<style>")[1].split("</style>")[0]
+    assert style.count("{") == style.count("}")
+    assert "position: sticky; left: 0; background: var(--paper)" in style
+    assert page.tags.count("table") == text.count('<div class="wide"><table>')
     assert "<title>A &amp; B</title>" in text
     # Two groups of digits: accuracies and curves; one of mnist5k: curves.
     assert page.tags.count("svg") == 3
@@ -153,6 +157,36 @@ def test_bad_folders_are_named(tmp_path):
     (folder / "config.json").write_text('{"seed": 3}')
     with pytest.raises(UserError, match=r"config.json is damaged or no run's"):
         read([folder])
+
+
+def test_a_damaged_run_is_left_out_and_named(tmp_path, capsys):
+    write_run(tmp_path / "a")
+    for name in ("b", "c"):
+        (write_run(tmp_path / name) / "summary.json").write_text("{")
+    out = tmp_path / "page.html"
+    main(ReportConfig((tmp_path,), out=out))
+    printed = capsys.readouterr().out
+    assert "1 run, written to" in printed
+    for text in (printed, out.read_text(), out.with_suffix(".md").read_text()):
+        for name in ("b", "c"):
+            assert f"{tmp_path / name}/summary.json is damaged." in text
+    with pytest.raises(UserError, match=r"b/summary.json is damaged. .*c/summary.json is damaged"):
+        read([tmp_path / "b", tmp_path / "c"])
+
+
+def test_what_was_left_open_is_compared_by_what_it_became(tmp_path):
+    """By its file, or by the summary; an old run has neither, and a momentum not used."""
+    became = {"image_size": 16, "flip": False, "learning_rate": 1e-5, "momentum": None}
+    folder = write_run(tmp_path / "file", test=None, seed=1)
+    (folder / "resolved.json").write_text(json.dumps(became))
+    folder = write_run(tmp_path / "summary", seed=2)
+    path = folder / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"resolved": became}))
+    folder = write_run(tmp_path / "old", seed=3, image_size=16, flip=False, learning_rate=1e-5)
+    values = json.loads((folder / "config.json").read_text()) | {"momentum": 0.9}
+    (folder / "config.json").write_text(json.dumps(values))
+    (own,) = group(read([tmp_path]).runs)
+    assert (own.label, len(own.runs)) == ("fqt1", 3)
 
 
 def test_a_sweep_whose_table_is_damaged_is_named(tmp_path):

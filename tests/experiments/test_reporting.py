@@ -1,7 +1,9 @@
 """What a run says of itself while it trains."""
 
+import io
 import pathlib
 import re
+import sys
 
 import pytest
 
@@ -30,13 +32,35 @@ def test_images_a_second_leave_out_what_came_before(monkeypatch, capsys):
         for done in (2, 3):
             now[0] += 2.0
             progress.step(done, 0, 1.0, 32)
-        progress.epoch(LINE, 2)
+        progress.count_to_here()
         now[0] += 99.0  # validation
-        progress.count_from_here()
-        now[0] += 1.0
-        progress.step(4, 1, 1.0, 32)
         progress.epoch(LINE, 2)
-    assert re.findall(r"(\S+) images/s", capsys.readouterr().out) == ["-", "16", "32"]
+        progress.count_from_here()
+        with progress.waiting():
+            now[0] += 0.5
+        now[0] += 0.5
+        progress.step(4, 1, 1.0, 32)
+        progress.count_to_here()
+        progress.epoch(LINE, 2)
+    printed = re.findall(r"(\S+) images/s, (\S+) waiting for them", capsys.readouterr().out)
+    assert printed == [("-", "0%"), ("16", "0%"), ("32", "50%")]
+    assert progress.wait_fraction == 0.5 / 5.0
+
+
+def test_a_terminal_shows_each_epoch_above_the_bar(monkeypatch):
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
+    with reporting.Progress(6) as progress:
+        progress.epoch(LINE, 2)
+        progress.epoch(LINE | {"epoch": 2, "step": 6}, 2)
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", terminal.getvalue())  # without its colours
+    line = "loss 1.0000, training accuracy 50.0%, validation accuracy 50.0%, - images/s"
+    assert shown.count(line) == 2
+    assert f"epoch 2/2: {line}" in shown
+    assert "6/6" in shown
 
 
 @pytest.mark.usefixtures("own_folder", "relaxed_promotion", "tiny_vgg")

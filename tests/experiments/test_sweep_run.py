@@ -208,15 +208,15 @@ def test_a_worker_compiles_once_and_its_runs_are_those_of_their_own(monkeypatch)
     assert len(reports.getvalue().splitlines()) == 2 * (len(result.tried) + 1)
     assert not list(pathlib.Path("out").glob("cells/*/checkpoints"))
 
-    alone = tiny(seed=1, learning_rate=result.rate, pretrain_seed=9, out=pathlib.Path("alone"))
+    alone = tiny(seed=1, learning_rate=result.rate, out=pathlib.Path("alone"))
     finetune.main(alone)
     summary = json.loads(pathlib.Path("alone/summary.json").read_text())
-    timed = {"seconds": 0, "step_ms": 0}
+    timed = {"seconds": 0, "step_ms": 0, "wait_fraction": 0}
     assert {**result.summaries[1], **timed} == {**summary, **timed}
 
 
 def test_a_worker_reports_a_failure_and_goes_on():
-    cells = Group({}, tiny(batch_size=10_000), (0, 1))
+    cells = Group({}, tiny(batch_size=10_000, limit=None), (0, 1))
     reports = io.StringIO()
     sweep_worker.main({"group": cells.to_json(), "root": "out", "skip": []}, reports)
     failures = collect(cells, Store(pathlib.Path("out"))).failures

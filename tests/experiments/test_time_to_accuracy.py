@@ -147,7 +147,7 @@ def test_what_cannot_be_timed_is_refused_before_it_trains(monkeypatch):
     monkeypatch.setattr(time_to_accuracy, "run_groups", lambda *_: pytest.fail("trained"))
     with pytest.raises(UserError, match="with the stem usual for their size"):
         main(TimeConfig(models=("resnet18:stem=imagenet",), contenders=("jax",)))
-    with pytest.raises(UserError, match="mnist5k has only 100 training"):
+    with pytest.raises(UserError, match="batch_size is 128, but limit leaves only 100"):
         main(TimeConfig(tasks=("mnist5k:from_scratch,limit=100",), contenders=("jax",)))
     with pytest.raises(ValueError, match="images must be at least 32x32; got 16x16"):
         main(TimeConfig(models=("vgg11",), tasks=("mnist5k:from_scratch",), contenders=("jax",)))
