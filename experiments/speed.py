@@ -21,7 +21,12 @@ from typing import Any
 from experiments import cli
 from experiments.bench import machine
 from experiments.bench import report as speed_report
-from experiments.bench.contenders import PHASES, SPEED_RECIPES, Setting
+from experiments.bench.contenders import (
+    PHASES,
+    SPEED_RECIPES,
+    Setting,
+    resolve_implementations,
+)
 from experiments.bench.measure import in_process
 from experiments.bench.steps import say
 from experiments.cli import UserError
@@ -85,6 +90,10 @@ class SpeedConfig:
             if name not in SPEED_RECIPES:
                 known = ", ".join(SPEED_RECIPES)
                 raise UserError(f"unknown recipe {name!r}; known recipes: {known}.")
+        try:
+            resolve_implementations(self.implementations)
+        except ValueError as error:
+            raise UserError(str(error)) from None
         for name, lowest in (("batch_size", 1), ("image_size", 1), ("repeats", 1), ("warmup", 1)):
             if getattr(self, name) < lowest:
                 raise UserError(f"{name} must be at least {lowest}; got {getattr(self, name)}.")

@@ -110,6 +110,9 @@ def from_npz(
     """
     if not path.is_file():
         raise DataError(f"{path} is {'no file' if path.exists() else 'not there'}.")
+    if not zipfile.is_zipfile(path):
+        # NumPy takes whatever it does not know for pickled objects.
+        raise DataError(f"{path} is no .npz file: it is no archive.")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}

@@ -142,7 +142,7 @@ def test_a_bad_folder_is_named(spoil, message):
         ("folder", "file", "file is no folder"),
         ("folder", ".", "must have a folder for each class, two or more; it has only one"),
         ("npz", "nowhere.npz", "nowhere.npz is not there"),
-        ("npz", "file", "file cannot be read as an .npz file"),
+        ("npz", "file", "file is no .npz file: it is no archive"),
         ("digits", ".", "digits comes with Python packages: it takes no data_dir"),
         ("food", ".", "unknown data set 'food'; known: mnist5k, .* prepared in .: nothing"),
     ],
