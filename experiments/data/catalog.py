@@ -23,6 +23,9 @@ Stream = Literal["auto", "yes", "no"]
 STREAMED_BYTES = 2 * 2**30
 """A training split that is larger than this once it is decoded is streamed, unless asked not to."""
 
+HELD_OUT = 0.1
+"""The part of the training split that is held out for validation, unless asked otherwise."""
+
 _PHOTOGRAPH = (224, 224)
 
 
@@ -52,7 +55,7 @@ def load(
     name: str,
     *,
     image_size: int | tuple[int, int] | None = None,
-    validation_fraction: float = 0.1,
+    validation_fraction: float = HELD_OUT,
     seed: int = 0,
     data_dir: str | os.PathLike[str] | None = None,
     limit: int | None = None,
@@ -88,8 +91,9 @@ def load(
         (:func:`experiments.data.prepared.sources`).
       image_size: height and width, or one number for both; ``None`` means the size above. The
         shorter side is scaled and the centre cut out.
-      validation_fraction: the part of the training split to hold out, in (0, 1). It does not
-        apply to ``oxford_flowers102``, which has a validation split of its own.
+      validation_fraction: the part of the training split to hold out, in (0, 1). Data
+        with validation images of their own, such as ``oxford_flowers102``, take no other than the
+        default.
       seed: of what is held out.
       data_dir: where tensorflow-datasets has prepared data; ``None`` means ``$TFDS_DATA_DIR``, or
         ``~/tensorflow_datasets``. Of ``folder`` it is the folder
@@ -154,6 +158,10 @@ def load(
             )
         size = wanted or (spec.image_size if spec else _PHOTOGRAPH)
         own = files.Own(*prepared.sources(name, image_size=size, seed=seed, data_dir=directory))
+    if own.validation is not None and validation_fraction != HELD_OUT:
+        raise DataError(
+            f"validation_fraction has no effect: {name} has validation images of its own."
+        )
     streams = stream == "yes" or (stream == "auto" and _is_large(own, size, limit))
     if not streams:
         _check_memory(own, size, limit)

@@ -96,7 +96,13 @@ def test_a_folder_is_split_by_content_and_its_classes_are_named():
 def test_folders_for_the_splits(splits, counts):
     for split in splits:
         folder_of({"a": ["flat.png"], "b": ["flat.png"]}, f"photos/{split}", copies=5)
-    data = load("folder", data_dir="photos", image_size=8, validation_fraction=0.2)
+    options = {"data_dir": "photos", "image_size": 8}
+    if "test" in splits:
+        with pytest.raises(DataError, match="validation_fraction has no effect: photos has valid"):
+            load("folder", **options, validation_fraction=0.2)
+    else:
+        options["validation_fraction"] = 0.2
+    data = load("folder", **options)
     assert tuple(len(part) for part in (data.train, data.validation, data.test)) == counts
 
 
