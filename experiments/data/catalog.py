@@ -10,7 +10,6 @@ from experiments.data import embedded, files, prepared
 from experiments.data.dataset import DataError, Dataset
 from experiments.data.pictures import ArrayPictures
 from experiments.data.splits import assemble
-from experiments.data.streamed import Streamed
 
 DATASETS: tuple[str, ...] = (*embedded.NAMES, *prepared.SPECS)
 """Names that ``load`` knows beforehand: the first two need no preparation."""
@@ -130,6 +129,7 @@ def load(
     if limit is not None and not _is_count(limit):
         raise DataError(f"limit must be a positive integer or None; got {limit!r}.")
     wanted = None if image_size is None else parse_image_size(image_size)
+    check_all = stream != "no"  # else all are decoded at once
     if name in embedded.NAMES:
         if data_dir is not None:
             raise DataError(f"{name} comes with Python packages: it takes no data_dir.")
@@ -143,7 +143,7 @@ def load(
         path = Path(data_dir).expanduser()
         if name == "folder":
             size = wanted or _PHOTOGRAPH
-            own = files.from_folder(path, image_size=size, seed=seed)
+            own = files.from_folder(path, image_size=size, seed=seed, check_all=check_all)
         else:
             own, size = files.from_npz(path, image_size=wanted, seed=seed)
         name = path.stem
@@ -157,7 +157,11 @@ def load(
                 f"prepared in {directory}: {there}."
             )
         size = wanted or (spec.image_size if spec else _PHOTOGRAPH)
-        own = files.Own(*prepared.sources(name, image_size=size, seed=seed, data_dir=directory))
+        own = files.Own(
+            *prepared.sources(
+                name, image_size=size, seed=seed, data_dir=directory, check_all=check_all
+            )
+        )
     if own.validation is not None and validation_fraction != HELD_OUT:
         raise DataError(
             f"validation_fraction has no effect: {name} has validation images of its own."
@@ -165,7 +169,7 @@ def load(
     streams = stream == "yes" or (stream == "auto" and _is_large(own, size, limit))
     if not streams:
         _check_memory(own, size, limit)
-    dataset = assemble(
+    return assemble(
         name,
         own.num_classes,
         train=own.train,
@@ -176,10 +180,6 @@ def load(
         class_names=own.class_names,
         streams=streams,
     )
-    for part in (dataset.train, dataset.validation, dataset.test):
-        if isinstance(part, Streamed):
-            part.check()
-    return dataset
 
 
 def _is_large(own: files.Own, size: tuple[int, int], limit: int | None) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from experiments.data.dataset import DataError
-from experiments.data.images import opened, parallel_map
+from experiments.data.images import check, opened, parallel_map
 from experiments.data.pictures import ArrayPictures, Pictures, R
 from experiments.data.splits import TEST_SEED, Source, content_key, content_keys, stratified_order
 
@@ -39,7 +40,12 @@ class Own(NamedTuple):
 
 
 def from_folder(
-    folder: Path, *, image_size: tuple[int, int], seed: int, test_fraction: float = 0.2
+    folder: Path,
+    *,
+    image_size: tuple[int, int],
+    seed: int,
+    test_fraction: float = 0.2,
+    check_all: bool = False,
 ) -> Own:
     """Images in ``folder/CLASS/*.jpg``, or in ``folder/{train,val,test}/CLASS/*.jpg``.
 
@@ -53,6 +59,7 @@ def from_folder(
       image_size: height and width.
       seed: of the keys by which validation data are held out.
       test_fraction: part of the images that is the test split, where there are no folders for it.
+      check_all: whether to look at the headers of all files now, and not only as they are decoded.
 
     Raises:
       DataError: the folder is missing, has not two classes, a class has no image, the splits have
@@ -64,25 +71,30 @@ def from_folder(
     if "train" not in names or not names <= set(_SPLITS):
         classes = _classes(folder)
         files, labels = _listed(folder, classes)
-        keys = _keys(files, TEST_SEED)
-        order = stratified_order(labels, keys)
+        keys = _keys(files, (TEST_SEED, seed), check_all)
+        order = stratified_order(labels, keys[0])
         count = round(test_fraction * len(order))
         if not 0 < count < len(order):
             raise DataError(f"{folder} has only {len(order)} images.")
-        parts = {"test": order[:count], "train": order[count:]}
+        parts = (("test", order[:count], keys[0]), ("train", order[count:], keys[1]))
         chosen = {
-            name: ([files[i] for i in indices], labels[indices]) for name, indices in parts.items()
+            name: ([files[i] for i in indices], labels[indices], own[indices])
+            for name, indices, own in parts
         }
     else:
         classes = _classes(folder / "train")
-        chosen = {name: _listed(folder / name, classes) for name in _SPLITS if name in names}
-        if "test" not in chosen:
-            if "val" not in chosen:
+        listed = {name: _listed(folder / name, classes) for name in _SPLITS if name in names}
+        if "test" not in listed:
+            if "val" not in listed:
                 raise DataError(f"{folder} has a folder train, but neither test nor val.")
-            chosen["test"] = chosen.pop("val")
+            listed["test"] = listed.pop("val")
+        chosen = {}
+        for name, (files, labels) in listed.items():
+            (keys,) = _keys(files, (TEST_SEED if name == "test" else seed,), check_all)
+            chosen[name] = (files, labels, keys)
     made = {
-        name: _source(files, labels, image_size, TEST_SEED if name == "test" else seed)
-        for name, (files, labels) in chosen.items()
+        name: Source(labels, keys, Files([str(path) for path in files]), image_size)
+        for name, (files, labels, keys) in chosen.items()
     }
     return Own(made["train"], made["test"], made.get("val"), len(classes), tuple(classes))
 
@@ -199,10 +211,8 @@ class Files(Pictures):
     def see(self, index: int, view: Callable[[Image.Image], R]) -> R:
         path = Path(self._paths[index])
         encoded = _read(path)
-        try:
+        with _naming(path):
             return opened(encoded, view)
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from None
 
 
 def _read(path: Path) -> bytes:
@@ -212,15 +222,25 @@ def _read(path: Path) -> bytes:
         raise DataError(f"{path}: {error.strerror}.") from None
 
 
-def _keys(files: list[Path], seed: int) -> np.ndarray:
-    return np.array(parallel_map(lambda path: content_key(_read(path), seed), files), np.uint64)
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
 
 
-def _source(
-    files: list[Path], labels: np.ndarray, image_size: tuple[int, int], seed: int
-) -> Source:
-    pictures = Files([str(path) for path in files])
-    return Source(labels, _keys(files, seed), pictures, image_size)
+def _keys(files: list[Path], seeds: tuple[int, ...], check_all: bool) -> np.ndarray:
+    """Keys by several seeds, for which each file is read once: uint64 ``[seeds, files]``."""
+
+    def keys(path: Path) -> list[int]:
+        encoded = _read(path)
+        if check_all:
+            with _naming(path):
+                check(encoded)
+        return [content_key(encoded, seed) for seed in seeds]
+
+    return np.array(parallel_map(keys, files), np.uint64).T
 
 
 def _checked(

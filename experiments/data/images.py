@@ -68,6 +68,15 @@ def to_rgb(file: Image.Image) -> Image.Image:
     return (image.convert("RGBA") if image.has_transparency_data else image).convert("RGB")
 
 
+def check(encoded: bytes) -> None:
+    """Reads the header of an image file, which takes a hundredth of the time of decoding it.
+
+    Raises:
+      DataError: it is no image. One that is cut short is not found out.
+    """
+    opened(encoded, lambda image: image.size)
+
+
 def opened(encoded: bytes, view: Callable[[Image.Image], R]) -> R:
     """Applies a function to an image file of any format that Pillow reads.
 

@@ -46,14 +46,6 @@ class Pictures(abc.ABC):
         parallel_map(fill, range(len(indices)))
         return images
 
-    def check(self, indices: np.ndarray) -> None:
-        """Reads the headers of images, which takes a fraction of the time of decoding them.
-
-        Raises:
-          DataError: one is no image. One that is cut short is not found out.
-        """
-        parallel_map(lambda index: self.see(int(index), lambda image: image.size), indices)
-
 
 class ArrayPictures(Pictures):
     """Images in memory.
@@ -80,6 +72,3 @@ class ArrayPictures(Pictures):
         if view is whole and self._images.shape[1:3] == size:
             return self._images[indices]
         return super().decode(indices, size, view)
-
-    def check(self, indices: np.ndarray) -> None:
-        """Nothing can be wrong with them."""

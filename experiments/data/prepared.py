@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from experiments.data.dataset import DataError, import_extra
-from experiments.data.images import opened, parallel_map
+from experiments.data.images import check, opened, parallel_map
 from experiments.data.pictures import Pictures, R
 from experiments.data.splits import TEST_SEED, Source, content_key
 
@@ -153,7 +153,12 @@ class Records(Pictures):
 
 
 def _source(
-    builder: Any, split: str, keys: tuple[str, str], image_size: tuple[int, int], seed: int
+    builder: Any,
+    split: str,
+    keys: tuple[str, str],
+    image_size: tuple[int, int],
+    seed: int,
+    check_all: bool,
 ) -> Source:
     import tensorflow_datasets as tfds
 
@@ -171,6 +176,8 @@ def _source(
     pictures = Records(where, records.data_source, keys)
 
     def label_and_key(image: bytes, label: int) -> tuple[np.int32, int]:
+        if check_all:
+            check(image)
         return np.int32(label), content_key(image, seed)
 
     pairs = parallel_map(lambda index: pictures.read(index, label_and_key), range(count))
@@ -200,7 +207,14 @@ def prepared_names(data_dir: Path) -> list[str]:
     return sorted({path.parents[1].name for path in data_dir.glob("*/*/dataset_info.json")})
 
 
-def sources(name: str, *, image_size: tuple[int, int], seed: int, data_dir: Path) -> Prepared:
+def sources(
+    name: str,
+    *,
+    image_size: tuple[int, int],
+    seed: int,
+    data_dir: Path,
+    check_all: bool = False,
+) -> Prepared:
     """The examples of a prepared data set.
 
     Of a set that is not in ``SPECS``, image and label are its only feature of either kind, or those
@@ -212,6 +226,7 @@ def sources(name: str, *, image_size: tuple[int, int], seed: int, data_dir: Path
       image_size: height and width.
       seed: of the keys by which validation data are held out.
       data_dir: where data sets are prepared.
+      check_all: whether to look at the headers of all images now, not only as they are decoded.
 
     Raises:
       DataError: tensorflow-datasets or array_record is not installed; the data set is not
@@ -236,7 +251,8 @@ def sources(name: str, *, image_size: tuple[int, int], seed: int, data_dir: Path
         train, test, validation = _splits(builder.info.splits, spec)
 
     def examples(split: str) -> Source:
-        return _source(builder, split, keys, image_size, TEST_SEED if split == test else seed)
+        by = TEST_SEED if split == test else seed
+        return _source(builder, split, keys, image_size, by, check_all)
 
     held = examples(validation) if validation else None
     names = tuple(map(str, label.names))  # those that were not given are the numbers

@@ -61,14 +61,6 @@ class Streamed:
         """:func:`channel_statistics` of the first ``SAMPLED`` images."""
         return channel_statistics(self.first(SAMPLED))
 
-    def check(self) -> None:
-        """Finds files that are no images, by their headers.
-
-        Raises:
-          DataError: one is none; it is named.
-        """
-        self.pictures.check(self.indices)
-
     def evaluated(self, positions: np.ndarray) -> np.ndarray:
         """The usual view in evaluation (:func:`experiments.data.views.central`)."""
         return self._views(positions, [central] * len(positions))

@@ -412,7 +412,9 @@ def test_unreadable_images(tmp_path):
     fails("cifar10", tmp_path, r"split test, record \d: not a readable image: ", **options)
     text = [(b"text", label) for _, label in good]
     prepare(tmp_path, "cifar10", {"train": text, "test": good}, version="1.0.1")
-    fails("cifar10", tmp_path, "not a readable image: cannot identify image file", **options)
+    for stream in ("no", "yes"):  # before it streams
+        options["stream"] = stream
+        fails("cifar10", tmp_path, "not a readable image: cannot identify image file", **options)
 
 
 def test_unlabelled_examples(tmp_path):
