@@ -1,9 +1,12 @@
-"""Writes the model of a run to one file of packed signs.
+"""Writes the model of a run to one file.
 
     python -m experiments.export runs/finetune-digits --out digits.safetensors
+    python -m experiments.export runs/finetune-digits --out digits.onnx
 
-The file holds a bit for each binary weight, and what python -m experiments.predict needs to feed
-it. Before it is kept it must compute what the run's model does, bit for bit, on test images.
+A .safetensors file holds a bit for each binary weight, and what python -m experiments.predict needs
+to feed it. A .onnx file is of standard operators, for other runtimes; it takes normalized images
+[N, H, W, C]. Before a file is kept it must compute what the run's model does on test images: bit
+for bit, or in ONNX to rounding.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from flax import nnx
 
 from experiments import cli
 from experiments.data.augment import normalize
+from experiments.data.dataset import import_extra
 from experiments.runs import exporting, folders, tasks
 from experiments.runs.config import RunConfig
 from experiments.runs.finetuning import FinetuneConfig
@@ -40,8 +44,8 @@ class ExportConfig:
     """The file; it must not exist."""
 
     def __post_init__(self) -> None:
-        if self.out.suffix != ".safetensors":
-            raise cli.UserError(f"out must end in .safetensors; got {self.out}.")
+        if self.out.suffix not in (".safetensors", ".onnx"):
+            raise cli.UserError(f"out must end in .safetensors or .onnx; got {self.out}.")
         if self.out.exists():
             raise cli.UserError(f"{self.out} exists already: choose another name.")
         if not self.out.absolute().parent.is_dir():
@@ -62,22 +66,35 @@ def main(config: ExportConfig) -> None:
     load_parameters(checkpoint, model)
     model.eval()
     about = exporting.description(options, dataset)
-    size = export.save(model, config.out, about)
+    images = normalize(dataset.test.first(_CHECKED), dataset.mean, dataset.std)
+    expected = np.asarray(nnx.jit(lambda model, x: model(x))(model, images))
     try:
-        images = normalize(dataset.test.first(_CHECKED), dataset.mean, dataset.std)
-        loaded = export.load(config.out, exporting.builder(about))
-        expected = nnx.jit(lambda model, x: model(x))(model, images)
-        if not np.array_equal(export.inference(loaded)(images), expected):
+        if config.out.suffix == ".onnx":
+            size = export.to_onnx(model, config.out, ("B", *images.shape[1:]), about)
+            found = _run_onnx(config.out, images)
+            is_same = np.allclose(found, expected, rtol=1e-3, atol=1e-3)
+            how = "to rounding"
+        else:
+            size = export.save(model, config.out, about)
+            loaded = export.load(config.out, exporting.builder(about))
+            found = np.asarray(export.inference(loaded)(images))
+            is_same, how = np.array_equal(found, expected), "bit for bit"
+        if not is_same:
             raise RuntimeError(f"{config.out} does not compute what the model of the run does.")
     except BaseException:
-        config.out.unlink()
+        config.out.unlink(missing_ok=True)
         raise
     held = jax.tree.leaves(nnx.state(model, (nnx.Param, nnx.BatchStat)))
     floats = sum(4 * array.size for array in held)
     print(
         f"{config.out}: {size / 1024:.1f} KiB, 1/{floats / size:.1f} of {floats / 1024:.1f} KiB in "
-        f"float; the same logits, bit for bit, on {len(images)} test images"
+        f"float; the same logits, {how}, on {len(images)} test images"
     )
+
+
+def _run_onnx(path: pathlib.Path, images: np.ndarray) -> np.ndarray:
+    session = import_extra("onnxruntime", "onnx").InferenceSession(path)
+    return np.asarray(session.run(None, {session.get_inputs()[0].name: np.asarray(images)})[0])
 
 
 if __name__ == "__main__":

@@ -84,6 +84,35 @@ def weight_scale(w: jax.Array) -> jax.Array:
     return jnp.mean(jnp.abs(w), axis=tuple(range(w.ndim - 1)))
 
 
+# Calls of their own in a program, by which a translation that has no use for words finds them.
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def pack_bits(bits: jax.Array, batch_ndim: int) -> jax.Array:
+    """The words of :class:`PackedBits` from ``bool[*batch, *shape]``."""
+    batch, length = bits.shape[:batch_ndim], math.prod(bits.shape[batch_ndim:])
+    n_words = -(-length // WORD_BITS)
+    flat = bits.reshape(*batch, length)
+    pad = n_words * WORD_BITS - length
+    if pad:
+        flat = jnp.pad(flat, [(0, 0)] * batch_ndim + [(0, pad)])
+    lanes = flat.reshape(*batch, n_words, WORD_BITS).astype(jnp.uint32)
+    shifts = jnp.arange(WORD_BITS, dtype=jnp.uint32)
+    shifts = shifts.reshape((1,) * (batch_ndim + 1) + (WORD_BITS,))
+    return jnp.sum(lanes << shifts, axis=-1, dtype=jnp.uint32)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def unpack_bits(words: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """``bool[*batch, *shape]`` from the words of :class:`PackedBits`."""
+    shifts = jnp.arange(WORD_BITS, dtype=jnp.uint32)
+    shifts = shifts.reshape((1,) * words.ndim + (WORD_BITS,))
+    bits = ((words[..., None] >> shifts) & 1).astype(jnp.bool_)
+    batch = words.shape[:-1]
+    flat = bits.reshape(*batch, words.shape[-1] * WORD_BITS)
+    return flat[..., : math.prod(shape)].reshape(*batch, *shape)
+
+
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["words"], meta_fields=["shape"])
 @dataclasses.dataclass(frozen=True)
 class PackedBits:
@@ -121,26 +150,11 @@ class PackedBits:
             raise TypeError(f"bits must be a boolean array; got {bits.dtype}.")
         if bits.ndim < batch_ndim:
             raise ValueError(f"bits of shape {bits.shape} have fewer than {batch_ndim} batch axes.")
-        batch, shape = bits.shape[:batch_ndim], bits.shape[batch_ndim:]
-        length = math.prod(shape)
-        n_words = -(-length // WORD_BITS)
-        flat = bits.reshape(*batch, length)
-        pad = n_words * WORD_BITS - length
-        if pad:
-            flat = jnp.pad(flat, [(0, 0)] * batch_ndim + [(0, pad)])
-        lanes = flat.reshape(*batch, n_words, WORD_BITS).astype(jnp.uint32)
-        shifts = jnp.arange(WORD_BITS, dtype=jnp.uint32)
-        shifts = shifts.reshape((1,) * (batch_ndim + 1) + (WORD_BITS,))
-        return cls(jnp.sum(lanes << shifts, axis=-1, dtype=jnp.uint32), shape)
+        return cls(pack_bits(bits, batch_ndim), bits.shape[batch_ndim:])
 
     def unpack(self) -> jax.Array:
         """The boolean array ``bool[*batch, *shape]``."""
-        shifts = jnp.arange(WORD_BITS, dtype=jnp.uint32)
-        shifts = shifts.reshape((1,) * self.words.ndim + (WORD_BITS,))
-        bits = ((self.words[..., None] >> shifts) & 1).astype(jnp.bool_)
-        batch = self.words.shape[:-1]
-        flat = bits.reshape(*batch, self.words.shape[-1] * WORD_BITS)
-        return flat[..., : math.prod(self.shape)].reshape(*batch, *self.shape)
+        return unpack_bits(self.words, self.shape)
 
     def signs(self, dtype: Any = jnp.float32) -> jax.Array:
         """The array of +1 (bit set) and -1 (bit clear)."""

@@ -20,6 +20,7 @@ import safetensors.numpy
 from flax import nnx
 from jax import export as jax_export
 
+from fqt_jax import onnx_form
 from fqt_jax.frozen import FrozenLayer, FrozenRun, Packed, freeze
 from fqt_jax.modules import find_modules
 
@@ -150,14 +151,48 @@ def to_stablehlo(
       >>> program.call(jnp.ones((3, 8))).shape
       (3, 4)
     """
+    sizes = jax_export.symbolic_shape(", ".join(map(str, shape)))
+    run = jax.jit(_portable(model))
+    return jax_export.export(run, platforms=platforms)(jax.ShapeDtypeStruct(sizes, jnp.float32))
+
+
+def to_onnx(
+    model: Any,
+    path: str | os.PathLike[str],
+    shape: Sequence[int | str],
+    description: Mapping[str, Any] | None = None,
+) -> int:
+    """Writes a quantized model as an ONNX file of standard operators, whole or not at all.
+
+    Signs are computed as +1 and -1 in float; those of weights are stored in ``int8``, a quarter of
+    float. Outputs agree to rounding.
+
+    Args:
+      model: a model with layers that :func:`fqt_jax.quantize` converted, or its inference form.
+      path: of the file, which is replaced if it is there.
+      shape: of the input, ``float32``, as ``("B", 224, 224, 3)``; a name stands for any size.
+      description: goes into the file's metadata, as JSON.
+
+    Returns:
+      The size of the file in bytes.
+
+    Raises:
+      ImportError: jax2onnx or onnx is not installed (``pip install 'fqt-jax[onnx]'``).
+      NotImplementedError: the model has an operation that jax2onnx does not know.
+      OSError: the file cannot be written.
+    """
+    about = {"description": json.dumps(dict(description or {}), sort_keys=True)}
+    return onnx_form.write(_portable(model), shape, pathlib.Path(path), about)
+
+
+def _portable(model: Any) -> Callable[[Any], Any]:
+    """A model's inference form as a function, without native kernels."""
     frozen = nnx.clone(model) if _is_frozen(model) else freeze(model)
     for place in find_modules(frozen, nnx.Module):
         if hasattr(place.module, "implementation"):
             place.module.implementation = "xla"
     graphdef, state = nnx.split(frozen)
-    sizes = jax_export.symbolic_shape(", ".join(map(str, shape)))
-    run = jax.jit(lambda x: nnx.merge(graphdef, state, copy=True)(x))
-    return jax_export.export(run, platforms=platforms)(jax.ShapeDtypeStruct(sizes, jnp.float32))
+    return lambda x: nnx.merge(graphdef, state, copy=True)(x)
 
 
 def _is_frozen(model: Any) -> bool:

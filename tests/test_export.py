@@ -3,8 +3,12 @@
 import dataclasses
 import functools
 import json
+import os
 import pathlib
+import subprocess
+import sys
 import warnings
+from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +102,7 @@ MODELS = {
 
 LONG = {"resnet18", "unfused", "vgg_small"}
 """Those that take longest to compile."""
+LONG_ONNX = [pytest.param((name,), marks=pytest.mark.slow) for name in sorted(LONG)]
 
 
 @pytest.mark.parametrize(
@@ -230,3 +235,47 @@ def test_what_cannot_be_saved_is_named_and_leaves_what_there_was():
         export.save(relu_net(), "no/such/folder/model.safetensors")
     assert pathlib.Path("model.safetensors").read_text() == "mine"
     assert [path.name for path in pathlib.Path().iterdir()] == ["model.safetensors"]
+
+
+def in_a_process(code: str) -> str:
+    """jax2onnx replaces functions of jax.numpy as it is imported: it has a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(find_spec("jax2onnx") is None, reason="no jax2onnx")
+@pytest.mark.parametrize("names", [("relu", "unfused thresholds"), *LONG_ONNX])
+def test_an_onnx_file_computes_the_same_to_rounding(names):
+    in_a_process(f"""
+import json, numpy as np, onnx, onnxruntime
+from fqt_jax import export
+from tests.test_export import MODELS, call, images
+for name in {names!r}:
+    model, x = MODELS[name](), images(3)
+    model.eval()
+    expected = call(model, x)
+    size = export.to_onnx(model, "model.onnx", ("B", 16, 16, 1), {{"name": name}})
+    session = onnxruntime.InferenceSession("model.onnx")
+    for n in (1, 3):
+        found, = session.run(None, {{session.get_inputs()[0].name: np.asarray(x[:n])}})
+        np.testing.assert_allclose(found, expected[:n], rtol=1e-3, atol=1e-4)
+    graph = onnx.load("model.onnx")
+    assert json.loads(graph.metadata_props[0].value) == {{"name": name}}
+    assert {{opset.domain for opset in graph.opset_import}} <= {{"", "ai.onnx"}}
+    types = [tensor.data_type for tensor in graph.graph.initializer]
+    assert onnx.TensorProto.INT8 in types or name.startswith("unfused")
+""")
+
+
+def test_onnx_without_its_packages_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax2onnx", None)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ImportError, match=r"pip install 'fqt-jax\[onnx\]'"):
+        export.to_onnx(MODELS["relu"](), "model.onnx", ("B", 16, 16, 1))
+    assert not pathlib.Path("model.onnx").exists()

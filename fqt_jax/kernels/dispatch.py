@@ -197,6 +197,20 @@ def _result_types(*_: Any, types: Any, **__: Any) -> Any:
     return [jax.core.ShapedArray(shape, dtype) for shape, dtype in types]
 
 
+def operation_of(equation: Any) -> tuple[str, Callable[..., Any], Any, dict[str, Any]] | None:
+    """What an equation of a program is, where it is one of these operations.
+
+    Returns:
+      Its name, XLA's kernel for it, the structure of its operands and its static arguments; or
+      ``None``.
+    """
+    if equation.primitive is not _operation_p:
+        return None
+    params = equation.params
+    kernel = _IMPLEMENTATIONS["xla"].kernels[params["operation"]]
+    return params["operation"], kernel.run, params["operands_tree"], dict(params["static"])
+
+
 def _batched(leaves: Any, axes: Any, *, types: Any, mapped: Any, **params: Any) -> Any:
     size = next(
         leaf.shape[axis] for leaf, axis in zip(leaves, axes, strict=True) if axis is not None

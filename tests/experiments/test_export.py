@@ -62,7 +62,7 @@ def test_a_run_is_exported_and_its_file_predicts(capsys):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ((".", "m.txt"), UserError, "out must end in .safetensors; got m.txt"),
+        ((".", "m.txt"), UserError, "out must end in .safetensors or .onnx; got m.txt"),
         ((".", "there.safetensors"), UserError, "there.safetensors exists already"),
         ((".", "no/m.safetensors"), UserError, "no is no folder"),
         (("nowhere", "m.safetensors"), CheckpointError, "there is no checkpoint at "),

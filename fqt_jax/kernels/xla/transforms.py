@@ -33,7 +33,7 @@ def encode(
     source: jax.Array, line: Line, *, pool: int, platform: str
 ) -> tuple[PackedBits, PackedBits, jax.Array]:
     """See :func:`fqt_jax.kernels.encode`."""
-    t = _pooled(_evaluated(source, line), pool)
+    t = evaluated(source, line, pool)
     nan = jnp.zeros(source.shape[:1], jnp.float32)
     if jnp.issubdtype(source.dtype, jnp.floating):
         nan = jnp.where(jnp.isnan(t).any((1, 2, 3)), jnp.float32(jnp.nan), nan)
@@ -50,7 +50,7 @@ def activate(
     platform: str,
 ) -> jax.Array:
     """See :func:`fqt_jax.kernels.activate`."""
-    t = _pooled(_evaluated(source, line), pool)
+    t = evaluated(source, line, pool)
     if offsets is not None:
         t = t + offsets.reshape(-1, 1, 1, 1)
     return t if added is None else t + added
@@ -114,6 +114,11 @@ def finish_weight_grad(
     if clip:
         dw = jnp.where(jnp.abs(w) <= 1, dw, jnp.float32(0))
     return dw + jnp.sign(w) * d_scale.reshape((1,) * (w.ndim - 1) + (-1,))
+
+
+def evaluated(source: jax.Array, line: Line, pool: int) -> jax.Array:
+    """``t``, pooled."""
+    return _pooled(_evaluated(source, line), pool)
 
 
 def _row(row: jax.Array) -> jax.Array:
