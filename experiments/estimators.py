@@ -100,7 +100,7 @@ class EstimatorsConfig(RunConfig):
                 f"draws must be a multiple of {_BLOCK} from {2 * _BLOCK} on; got {self.draws}."
             )
         for label, run in self.runs().items():
-            if not run.build_recipe().binary or run.scale == "learned":
+            if not run.build_recipe().binary or run.build_recipe().learns_scale:
                 raise cli.UserError(
                     f"the estimator {label!r} must be binary and have no parameters of its own."
                 )

@@ -59,6 +59,11 @@ def main(config: ExportConfig) -> None:
     options = config_from_json(_KINDS[metadata["experiment"]], metadata["config"])
     if not options.build_recipe().binary:
         raise cli.UserError(f"{config.run} is in full precision: it has no signs to pack.")
+    if not options.build_recipe().binary_weights:
+        raise cli.UserError(
+            f"{config.run} has float weights, the first of two steps: fine-tune it with binary "
+            "weights first."
+        )
     dataset = tasks.load_dataset(options)
     if isinstance(options, FinetuneConfig) and options.weights is not None:
         dataset = tasks.normalized_for(dataset, options.weights)

@@ -32,6 +32,7 @@ from fqt_jax.recipe import FQT1_PLUS as FQT1_PLUS
 from fqt_jax.recipe import FULL_PRECISION as FULL_PRECISION
 from fqt_jax.recipe import PSQ1 as PSQ1
 from fqt_jax.recipe import QAT as QAT
+from fqt_jax.recipe import QAT_ACTIVATIONS as QAT_ACTIVATIONS
 from fqt_jax.recipe import RECIPES as RECIPES
 from fqt_jax.recipe import GradientQuantizer as GradientQuantizer
 from fqt_jax.recipe import Recipe as Recipe

@@ -22,6 +22,7 @@ from flax import nnx
 
 from fqt_jax import checksums
 from fqt_jax.array_files import read_arrays, write_arrays
+from fqt_jax.layer_types import quantized_layers
 from fqt_jax.training import TrainState
 from fqt_jax.tree import leaf_name
 
@@ -154,8 +155,9 @@ def load_parameters(path: Path, model: nnx.Module, *, new_head: str | None = Non
 
     Float and quantized models have the same parameters, so a checkpoint of either loads into the
     other. Where training averaged the parameters (:mod:`fqt_jax.averaging`), the average is loaded.
-    Learned weight scales that the checkpoint lacks start from the loaded weights' means. Thresholds
-    of signs that only one of the two has are left out (:func:`fqt_jax.calibrate`).
+    Learned weight scales that the checkpoint lacks start as the recipe says, from the loaded
+    weights' means or from 1. Thresholds of signs that only one of the two has are left out
+    (:func:`fqt_jax.calibrate`).
 
     Args:
       path: the checkpoint.
@@ -183,11 +185,18 @@ def load_parameters(path: Path, model: nnx.Module, *, new_head: str | None = Non
     }
     state = nnx.state(model, (nnx.Param, nnx.BatchStat))
     named = [(leaf_name(key), value) for key, value in jax.tree_util.tree_leaves_with_path(state)]
+    from_one = {
+        f"{place.path.replace('/', '.')}.scale".lstrip(".")
+        for place in quantized_layers(model)
+        if place.module.recipe.scale == "learned_from_one"
+    }
     loaded, kept = [], []
     for name, value in named:
         array = saved.get(name)
         if array is not None and array.shape == value.shape and array.dtype == value.dtype:
             loaded.append(jnp.asarray(array))
+        elif array is None and _is_learned_scale(name, saved) and name in from_one:
+            loaded.append(jnp.ones_like(value))
         elif array is None and _is_learned_scale(name, saved):
             kernel = saved[f"{name.removesuffix('.scale')}.kernel"]
             loaded.append(jnp.asarray(np.abs(kernel).mean(axis=tuple(range(kernel.ndim - 1)))))

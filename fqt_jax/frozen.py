@@ -143,7 +143,7 @@ class FrozenLayer(nnx.Module):
         bits = PackedBits.pack(kernel >= 0, batch_ndim=len(lead))
         self.words, self.shape = Packed(bits.words), bits.shape
         scale = None
-        if layer.recipe.scale == "learned":
+        if layer.recipe.learns_scale:
             scale = layer.scale[...]
         elif layer.recipe.scale == "mean_abs":
             scale = _mean_abs(layer)
@@ -208,7 +208,8 @@ def freeze(model: Any) -> Any:
       model: a model with layers that :func:`fqt_jax.quantize` converted.
 
     Raises:
-      ValueError: the model has no quantized layer, or a parameter is NaN or infinite.
+      ValueError: the model has no quantized layer, or one with float weights, or a parameter is
+        NaN or infinite.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -224,8 +225,15 @@ def freeze(model: Any) -> Any:
       >>> bool((call(frozen, x) == call(model, x)).all())
       True
     """
-    if not any(place.module.recipe.binary for place in quantized_layers(model)):
+    places = quantized_layers(model)
+    if not any(place.module.recipe.binary for place in places):
         raise ValueError(f"{type(model).__name__} has no quantized layer: see fqt_jax.quantize.")
+    unfinished = [p.path for p in places if p.module.recipe.weights == "float"]
+    if unfinished:
+        raise ValueError(
+            f"{unfinished[0]} has binary activations but float weights, the first of two steps: "
+            "train on with a recipe of binary weights before freezing."
+        )
     _check_finite(model)
     model = nnx.clone(model)
     model.eval()

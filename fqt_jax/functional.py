@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from fqt_jax import kernels
-from fqt_jax.binarize import check_float
+from fqt_jax.binarize import binarize, check_float
 from fqt_jax.fused import (
     Chain,
     Gap,
@@ -57,7 +57,8 @@ def conv(
     With a threshold, signs and their straight-through gradient are those of
     :math:`u = (x - \mathrm{threshold}_c) / \mathrm{spread}_c`. So the gradient passes where ``x``
     is within one ``spread`` of the threshold, and reaches ``threshold`` and ``spread`` by the chain
-    rule (as in ReActNet, arXiv 2003.03488, section 4.2, whose spread is 1).
+    rule (as in ReActNet, arXiv 2003.03488, section 4.2, whose spread is 1). Float weights
+    (``recipe.weights``) stay as they are, with ``alpha`` 1.
 
     Args:
       x: input, ``[N, H, W, C]``, floating point. A NaN makes its sample's output NaN.
@@ -68,7 +69,7 @@ def conv(
         convolution.
       strides: one number, or one for each spatial axis.
       padding: ``"SAME"``, ``"VALID"``, a number, or ``(before, after)`` for each spatial axis.
-      scale: the weight scale ``[O]``; needed where ``recipe.scale`` is ``"learned"``, and an error
+      scale: the weight scale ``[O]``; needed where ``recipe.scale`` is learned, and an error
         elsewhere.
       bias: ``[O]``, added in float.
       threshold, spread: of the signs of ``x``, ``[C]`` each; needed where ``recipe.threshold`` is
@@ -108,8 +109,8 @@ def conv(
         _check_channels(name, value, "output", w.shape[3])
     for name, value in (("threshold", threshold), ("spread", spread)):
         _check_channels(name, value, "input", w.shape[2])
-    if not recipe.binary:
-        x, w = varying_together((x, w))
+    if not recipe.binary_weights:
+        x, w = varying_together((_signs(x, recipe, threshold, spread), w))
         y = float_conv(x, w, window, implementation)
         return y if bias is None else y + bias.astype(y.dtype).reshape(1, 1, 1, -1)
     chain = Chain(
@@ -255,18 +256,33 @@ def product(
         _check_channels(name, value, "output", w.shape[-1])
     for name, value in (("threshold", threshold), ("spread", spread)):
         _check_channels(name, value, "input", x.shape[-1])
-    if not recipe.binary:
-        y = multiply(x, w.astype(x.dtype))
+    if not recipe.binary_weights:
+        y = multiply(_signs(x, recipe, threshold, spread), w.astype(x.dtype))
     else:
-        u = x
-        if threshold is not None and spread is not None:
-            each = (a.reshape((1,) * (x.ndim - 1) + (-1,)) for a in (threshold, spread))
-            u = (x - next(each)) / next(each)
+        u = _shifted(x, threshold, spread)
         seeds = None if recipe.gradient is None or key is None else seeds_from_key(key, 4)
         y = run_product(multiply, recipe, u, w, scale, seeds)
     if bias is not None:
         y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
     return y.astype(x.dtype)
+
+
+def _shifted(x: jax.Array, threshold: jax.Array | None, spread: jax.Array | None) -> jax.Array:
+    """What the signs are of: ``(x - threshold) / spread`` where there is a threshold."""
+    if threshold is None or spread is None:
+        return x
+    shape, dtype = (1,) * (x.ndim - 1) + (-1,), jnp.promote_types(x.dtype, threshold.dtype)
+    threshold, spread = (a.astype(dtype).reshape(shape) for a in (threshold, spread))
+    return (x.astype(dtype) - threshold) / spread
+
+
+def _signs(
+    x: jax.Array, recipe: Recipe, threshold: jax.Array | None, spread: jax.Array | None
+) -> jax.Array:
+    """An input as float weights see it: as it is, or its signs."""
+    if not recipe.binary:
+        return x
+    return binarize(_shifted(x, threshold, spread), clip=recipe.clip).astype(x.dtype)
 
 
 def _check_layer(
@@ -280,9 +296,9 @@ def _check_layer(
 ) -> None:
     """Raises unless recipe, key, implementation and parameters of a layer go together."""
     kernels.check_implementation(implementation)
-    if (scale is not None) != (recipe.scale == "learned"):
+    if (scale is not None) != recipe.learns_scale:
         raise ValueError(
-            "recipe.scale is 'learned': pass scale=."
+            f"recipe.scale is {recipe.scale!r}: pass scale=."
             if scale is None
             else f"scale= is for recipes with scale='learned'; this one has {recipe.scale!r}."
         )

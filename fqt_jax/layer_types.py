@@ -146,7 +146,9 @@ class LayerType(abc.ABC):
     def _stack(self, new: Any, lead: tuple[int, ...]) -> None:
         """Makes parameters and streams of one layer those of stacked layers."""
         n = math.prod(lead)
-        if new.scale is not None:
+        if new.scale is not None and new.recipe.scale == "learned_from_one":
+            new.scale = nnx.Param(jnp.broadcast_to(new.scale[...], (*lead, *new.scale.shape)))
+        elif new.scale is not None:
             kernels = new.kernel[...].reshape(n, *new.kernel.shape[len(lead) :])
 
             def scale_of(kernel: jax.Array) -> jax.Array:

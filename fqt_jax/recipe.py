@@ -12,8 +12,9 @@ from fqt_jax.samplers import SAMPLERS, Sampler, SamplerName, as_sampler
 
 Groups = Literal["sample_channel", "sample", "tensor"]
 Prune = Literal["channels", "shared"]
-Scale = Literal["mean_abs", "none", "learned"]
+Scale = Literal["mean_abs", "none", "learned", "learned_from_one"]
 Threshold = Literal["zero", "calibrated", "learned"]
+Weights = Literal["binary", "float"]
 
 Product = Literal["input", "weight"]
 """The two products of a backward pass: the input gradient's and the weight gradient's."""
@@ -175,15 +176,20 @@ class Recipe:
         precision, and every other field must then keep its default.
       gradient: how the gradient is quantized; ``None`` keeps it in float.
       scale: the weight scale: the mean of ``abs(w)`` over each output channel (XNOR-Net,
-        arXiv 1603.05279), none, or a learned parameter per output channel.
+        arXiv 1603.05279), none, or a learned parameter per output channel, which starts at that
+        mean (``"learned"``) or at 1 (``"learned_from_one"``).
       clip: whether the straight-through gradient of a sign is zero outside [-1, 1].
       threshold: where the signs of the layer's input change. ``"zero"``: at zero. ``"calibrated"``:
         at a value for each channel that :func:`fqt_jax.calibrate` takes from a batch.
         ``"learned"``: the same, and trained from there (RSign of ReActNet, arXiv 2003.03488,
         section 4.2).
+      weights: ``"binary"``, or ``"float"``: only activations become signs, as in the first of the
+        two steps in which Bi-Real Net and ReActNet are trained. Scale and gradient must then keep
+        their defaults, and the layer is computed in float.
 
     Raises:
-      ValueError: a field is outside its range, or contradicts ``binary=False``.
+      ValueError: a field is outside its range, or contradicts ``binary=False`` or
+        ``weights="float"``.
 
     Example:
       >>> import dataclasses
@@ -198,6 +204,7 @@ class Recipe:
     scale: Scale = "mean_abs"
     clip: bool = True
     threshold: Threshold = "zero"
+    weights: Weights = "binary"
 
     def __post_init__(self) -> None:
         for field in ("binary", "clip"):
@@ -207,6 +214,7 @@ class Recipe:
             raise TypeError(f"gradient must be a GradientQuantizer or None; got {self.gradient!r}.")
         _check_choice("scale", self.scale, get_args(Scale))
         _check_choice("threshold", self.threshold, get_args(Threshold))
+        _check_choice("weights", self.weights, get_args(Weights))
         if not self.binary:
             for other in dataclasses.fields(self)[1:]:
                 if getattr(self, other.name) != other.default:
@@ -214,6 +222,22 @@ class Recipe:
                         f"{other.name} has no meaning in a full-precision layer: leave it at "
                         f"{other.default!r} when binary=False."
                     )
+        if self.weights == "float":
+            for name, default in (("gradient", None), ("scale", "mean_abs")):
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"{name} has no meaning where weights are float: leave it at {default!r}."
+                    )
+
+    @property
+    def binary_weights(self) -> bool:
+        """Whether the weights become signs, and not the activations alone."""
+        return self.binary and self.weights == "binary"
+
+    @property
+    def learns_scale(self) -> bool:
+        """Whether the weight scale is a parameter."""
+        return self.scale in ("learned", "learned_from_one")
 
     def unpruned(self) -> Recipe:
         """The same recipe with nothing pruned, for gradients of rows that were drawn already.
@@ -229,7 +253,7 @@ class Recipe:
     def __str__(self) -> str:
         if not self.binary:
             return "float"
-        words = ["binary"]
+        words = ["binary" if self.binary_weights else "binary activations, float weights"]
         if self.scale != "mean_abs":
             words.append(f"scale {self.scale}")
         if not self.clip:
@@ -246,6 +270,10 @@ FULL_PRECISION = Recipe(binary=False)
 QAT = Recipe()
 """Quantization-aware training: signs forward, float gradients."""
 
+QAT_ACTIVATIONS = Recipe(weights="float")
+"""Signs of activations, float weights: the first of two steps, of which ``QAT`` or a quantized
+training is the second (Bi-Real Net, arXiv 1808.00278; ReActNet, arXiv 2003.03488)."""
+
 PSQ1 = Recipe(gradient=GradientQuantizer(bits=1, keep=1.0, groups="sample"))
 """One bit per gradient entry, quantized per sample, nothing pruned: the paper's baseline."""
 
@@ -259,6 +287,7 @@ FQT1_PLUS = Recipe(gradient=GradientQuantizer(bits=4, prune="shared"))
 RECIPES: dict[str, Recipe] = {
     "full_precision": FULL_PRECISION,
     "qat": QAT,
+    "qat_activations": QAT_ACTIVATIONS,
     "psq1": PSQ1,
     "fqt1": FQT1,
     "fqt1_plus": FQT1_PLUS,

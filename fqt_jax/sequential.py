@@ -12,6 +12,7 @@ from flax import nnx
 from fqt_jax.assemble import fits, run_fused
 from fqt_jax.fused.recognize import Part, Run, is_never_negative, plan, recognize
 from fqt_jax.modules import find_modules
+from fqt_jax.recipe import FULL_PRECISION
 from fqt_jax.text import format_table
 
 
@@ -177,7 +178,9 @@ def one_sided(model: Any) -> dict[str, str]:
     for place in find_modules(model, Sequential):
         source = ""
         for name, part in parts_of(place.module):
-            if part.kind == "product" and source and part.layer.recipe.threshold == "zero":
+            recipe = getattr(part.layer, "recipe", FULL_PRECISION)
+            sees_signs = part.kind == "product" or recipe.weights == "float"
+            if sees_signs and source and recipe.threshold == "zero":
                 found.setdefault("/".join([*map(str, place.keys), name]), source)
             if is_never_negative(part.layer):
                 source = _name(part.layer)

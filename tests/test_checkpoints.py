@@ -105,6 +105,12 @@ def test_a_learned_scale_starts_from_the_loaded_weights(tmp_path):
     np.testing.assert_allclose(layer.scale[...], expected, rtol=1e-6)
     save_checkpoint(tmp_path / "learned", state_of(target)[1], {})
     load_parameters(tmp_path / "learned", model(4, recipe=None))  # the scale is left out
+    from_one = dataclasses.replace(fqt.QAT, scale="learned_from_one")
+    other = model(5, recipe=from_one)
+    load_parameters(tmp_path / "float", other)
+    np.testing.assert_array_equal(other.features.layers[4].scale[...], np.ones_like(expected))
+    load_parameters(tmp_path / "learned", other)  # what was learned is what counts
+    np.testing.assert_array_equal(other.features.layers[4].scale[...], layer.scale[...])
 
 
 def test_a_head_of_another_size_stays_fresh_only_if_asked(tmp_path):

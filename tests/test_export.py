@@ -231,6 +231,9 @@ def test_what_cannot_be_saved_is_named_and_leaves_what_there_was():
     model.layers[2].kernel[...] = model.layers[2].kernel[...].at[0].set(jnp.nan)
     with pytest.raises(ValueError, match="layers/2/kernel holds NaN or infinity"):
         export.save(model, "model.safetensors")
+    first_step = dataclasses.replace(fqt.QAT_ACTIVATIONS, threshold="learned")
+    with pytest.raises(ValueError, match="layers/2 has binary activations but float weights"):
+        export.save(relu_net(first_step), "model.safetensors")
     with pytest.raises(FileNotFoundError):
         export.save(relu_net(), "no/such/folder/model.safetensors")
     assert pathlib.Path("model.safetensors").read_text() == "mine"

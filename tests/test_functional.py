@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import fqt_jax as fqt
-from fqt_jax import FQT1, FULL_PRECISION, PSQ1, QAT, binarize, weight_scale
+from fqt_jax import FQT1, FULL_PRECISION, PSQ1, QAT, QAT_ACTIVATIONS, binarize, weight_scale
 from fqt_jax.kernels import Window
 from fqt_jax.windows import resolve_window
 from tests import reference
@@ -40,10 +40,11 @@ def float_conv(x, w, strides, padding):
 def plain_conv(x, w, scale, bias, *, recipe, strides=(1, 1), padding="SAME"):
     """What the layer is meant to compute, left to automatic differentiation."""
     if recipe.binary:
-        if recipe.scale == "mean_abs":
+        if recipe.scale == "mean_abs" and recipe.weights == "binary":
             # The scale is a function of w for the value; its gradient reaches w as well.
             scale = weight_scale(w)
-        x, w = binarize(x, clip=recipe.clip), binarize(w, clip=recipe.clip)
+        x = binarize(x, clip=recipe.clip)
+        w = binarize(w, clip=recipe.clip) if recipe.weights == "binary" else w
     y = float_conv(x, w, strides, padding)
     if scale is not None:
         y = y * scale.reshape(1, 1, 1, -1)
@@ -87,9 +88,11 @@ GEOMETRIES = [
         dataclasses.replace(QAT, scale="none"),
         dataclasses.replace(QAT, scale="learned"),
         dataclasses.replace(QAT, clip=False),
+        QAT_ACTIVATIONS,
+        dataclasses.replace(QAT_ACTIVATIONS, clip=False),
         FULL_PRECISION,
     ],
-    ids=["mean_abs", "none", "learned", "no clip", "full precision"],
+    ids=["mean_abs", "none", "learned", "no clip", "activations", "their no clip", "fp"],
 )
 def test_conv_without_gradient_quantization(recipe, geometry):
     x, w, bias = normal(0, 3, 6, 5, 4), normal(1, 3, 2, 4, 5), normal(2, 5)
@@ -105,11 +108,13 @@ def test_conv_without_gradient_quantization(recipe, geometry):
     assert_trees_close(got, value_and_gradients(plain, x, w, scale, bias))
 
 
-@pytest.mark.parametrize("clip", [True, False])
-def test_a_threshold_moves_and_scales_what_the_signs_are_of(clip):
+@pytest.mark.parametrize(
+    ("clip", "weights"), [(True, "binary"), (False, "binary"), (True, "float")]
+)
+def test_a_threshold_moves_and_scales_what_the_signs_are_of(clip, weights):
     x, w = normal(0, 3, 6, 5, 4), normal(1, 3, 2, 4, 5)
     threshold, spread = normal(2, 4), jnp.array([0.5, 1.0, 2.0, 3.0])
-    recipe = dataclasses.replace(QAT, threshold="learned", clip=clip)
+    recipe = dataclasses.replace(QAT, threshold="learned", clip=clip, weights=weights)
 
     def layer(x, w, threshold, spread):
         return fqt.conv(x, w, recipe=recipe, threshold=threshold, spread=spread)
@@ -137,7 +142,32 @@ def test_dense_without_gradient_quantization(recipe, lead):
     assert_trees_close(got, value_and_gradients(plain, x, w, bias))
 
 
-@pytest.mark.parametrize("recipe", [QAT, FQT1, FULL_PRECISION], ids=["qat", "fqt1", "fp"])
+def test_float_weights_in_any_product():
+    """The convolution that the integer kernels have a form for, and the same by the other way."""
+    x, w, bias = normal(0, 3, 6, 5, 4), normal(1, 3, 2, 4, 5), normal(2, 5)
+    threshold, spread = normal(3, 4), jnp.array([0.5, 1.0, 2.0, 3.0])
+    options = {"recipe": dataclasses.replace(QAT_ACTIVATIONS, threshold="learned"), "bias": bias}
+
+    def multiply(x, w):
+        return float_conv(x, w, (1, 1), "SAME")
+
+    def general(x, w, t, s):
+        return fqt.product(x, w, multiply, threshold=t, spread=s, **options)
+
+    def images(x, w, t, s):
+        return fqt.conv(x, w, threshold=t, spread=s, **options)
+
+    operands = (x, w, threshold, spread)
+    assert_trees_close(
+        value_and_gradients(general, *operands), value_and_gradients(images, *operands)
+    )
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [QAT, FQT1, QAT_ACTIVATIONS, FULL_PRECISION],
+    ids=["qat", "fqt1", "activations", "fp"],
+)
 def test_bfloat16(recipe):
     x, w = normal(0, 3, 4, 4, 4, dtype=jnp.bfloat16), normal(1, 3, 3, 4, 5, dtype=jnp.bfloat16)
     bias = normal(2, 5)
@@ -274,7 +304,11 @@ def test_no_clip_mask_without_clipping():
 # NaN, zeros, determinism
 
 
-@pytest.mark.parametrize("recipe", [QAT, FQT1, FULL_PRECISION], ids=["qat", "fqt1", "fp"])
+@pytest.mark.parametrize(
+    "recipe",
+    [QAT, FQT1, QAT_ACTIVATIONS, FULL_PRECISION],
+    ids=["qat", "fqt1", "activations", "fp"],
+)
 def test_nan_poisons_its_sample_and_no_other(recipe):
     x, w = normal(0, 4, 3, 3, 2), normal(1, 3, 3, 2, 5)
     clean = np.asarray(run_conv(x, w, key=KEY, recipe=recipe))

@@ -82,6 +82,17 @@ def test_the_learned_scale_is_a_parameter_that_starts_at_the_mean_of_the_weights
     np.testing.assert_array_equal(grads["scale"][...], 4 * signs.sum(0))
 
 
+def test_the_learned_scale_may_start_at_one():
+    recipe = dataclasses.replace(fqt.QAT, scale="learned_from_one")
+    net = nnx.Sequential(*[nnx.Linear(6, 6, rngs=nnx.Rngs(0)) for _ in range(3)])
+    layer = fqt.quantize(net, recipe).model.layers[1]
+    assert isinstance(layer.scale, nnx.Param)
+    np.testing.assert_array_equal(layer.scale[...], np.ones(6))
+    x = jax.random.normal(jax.random.key(0), (4, 6))
+    signs = fqt.binarize(x) @ fqt.binarize(layer.kernel[...])
+    np.testing.assert_allclose(layer(x), signs + layer.bias[...].reshape(1, 6))
+
+
 @pytest.mark.usefixtures("relaxed_promotion")
 @pytest.mark.slow
 def test_outputs_are_laid_out_as_those_of_flax():

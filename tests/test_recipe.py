@@ -41,7 +41,8 @@ def unpruned(**options) -> GradientQuantizer:
         (GradientQuantizer, "importance", ("range", "norm")),
         (unpruned, "groups", ("sample_channel", "sample", "tensor")),
         (GradientQuantizer, "prune", ("channels", "shared")),
-        (Recipe, "scale", ("mean_abs", "none", "learned")),
+        (Recipe, "scale", ("mean_abs", "none", "learned", "learned_from_one")),
+        (Recipe, "weights", ("binary", "float")),
     ],
 )
 def test_choices(make, field, allowed):
@@ -72,6 +73,7 @@ def test_gradient_must_be_a_quantizer():
         {"scale": "none"},
         {"scale": "learned"},
         {"clip": False},
+        {"weights": "float"},
     ],
 )
 def test_full_precision_takes_nothing_else(change):
@@ -80,6 +82,15 @@ def test_full_precision_takes_nothing_else(change):
         Recipe(binary=False, **change)
     with pytest.raises(ValueError, match="no meaning"):
         dataclasses.replace(FULL_PRECISION, **change)
+
+
+@pytest.mark.parametrize(
+    "change", [{"gradient": GradientQuantizer()}, {"scale": "none"}, {"scale": "learned"}]
+)
+def test_float_weights_have_no_scale_and_float_gradients(change):
+    (field,) = change
+    with pytest.raises(ValueError, match=f"{field} has no meaning where weights are float: leave"):
+        dataclasses.replace(fqt.QAT_ACTIVATIONS, **change)
 
 
 def test_sample_groups_cannot_prune_channels():
@@ -117,6 +128,7 @@ def test_grouping(groups, prune, of_input, of_weight):
     [
         (FULL_PRECISION, "float"),
         (QAT, "binary, float gradients"),
+        (fqt.QAT_ACTIVATIONS, "binary activations, float weights, float gradients"),
         (PSQ1, "binary, 1-bit gradients per sample"),
         (
             Recipe(
@@ -183,6 +195,9 @@ def test_kept(keep, n, kept):
 def test_named_recipes():
     assert FULL_PRECISION.binary is False
     assert (QAT.binary, QAT.gradient) == (True, None)
+    assert [recipe.binary_weights for recipe in (QAT, fqt.QAT_ACTIVATIONS, FULL_PRECISION)] == [
+        *(True, False, False)
+    ]
     assert (PSQ1.gradient.bits, PSQ1.gradient.keep_fraction) == (1, 1.0)
     assert PSQ1.gradient.groups == "sample"
     assert (FQT1.gradient.bits, FQT1.gradient.keep_fraction) == (4, 0.25)
@@ -197,6 +212,7 @@ def test_named_recipes():
         ("FQT1", FQT1),
         ("psq1", PSQ1),
         ("Qat", QAT),
+        ("qat_activations", fqt.QAT_ACTIVATIONS),
         ("full_precision", FULL_PRECISION),
         ("Full-Precision", FULL_PRECISION),
     ],

@@ -491,8 +491,9 @@ def test_what_does_not_fuse_is_called_and_explained(monkeypatch):
         functools.partial(nnx.max_pool, window_shape=(3, 3), strides=(2, 2)),
         nnx.Dropout(0.0, rngs=rngs),
         functools.partial(nnx.avg_pool, window_shape=(2, 2)),
+        conv(8, 8, fqt.QAT_ACTIVATIONS, rngs=rngs),
     )
-    assert runs(net) == [1, None, 2, None, 3, None, None, None, None, None]
+    assert runs(net) == [1, None, 2, None, 3, None, None, None, None, None, None]
     reasons = [each.why for each in net.explain() if each.run is None]
     assert reasons == [
         "gelu is not linear on either side of one kink",
@@ -502,6 +503,7 @@ def test_what_does_not_fuse_is_called_and_explained(monkeypatch):
         "only square windows that neither overlap nor are padded fuse",
         "Dropout is not one of the layers that fuse",
         "an average is not the maximum of a window",
+        "its weights are float",
     ]
     assert_both_forms_agree(net, images(), 1e-3, monkeypatch)
 

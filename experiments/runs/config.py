@@ -47,7 +47,8 @@ class RunConfig:
     """Stem of a ResNet or MobileNet; auto: imagenet for images of 96 pixels and more."""
 
     recipe: str = "fqt1"
-    """Recipe: full_precision, qat, psq1, fqt1 or fqt1_plus. The next eleven change parts of it."""
+    """Recipe: full_precision, qat, psq1, fqt1 or fqt1_plus, or qat_activations, with float weights,
+    the first of two steps. The next eleven change parts of it."""
     bits: int | None = None
     """Bits of a gradient code, 1 to 8."""
     keep: float | None = None
@@ -61,7 +62,7 @@ class RunConfig:
     prune: Prune | None = None
     """What the weight gradient keeps."""
     scale: Scale | None = None
-    """The weights' scale."""
+    """The weights' scale: their mean, none, or learned, from that mean or from 1 on."""
     clip: bool | None = None
     """Whether the straight-through gradient is zero outside [-1, 1]."""
     threshold: Threshold | None = None

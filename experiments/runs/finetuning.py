@@ -143,6 +143,7 @@ def pretraining(config: FinetuneConfig, image_size: int) -> PretrainConfig:
         model=config.model,
         width=config.width,
         stem=config.stem,
+        recipe="qat" if recipe.weights == "binary" else "qat_activations",
         scale=None if recipe.scale == QAT.scale else recipe.scale,
         clip=None if recipe.clip == QAT.clip else recipe.clip,
         threshold=None if recipe.threshold == QAT.threshold else recipe.threshold,

@@ -26,7 +26,8 @@ class PretrainConfig(RunConfig):
     dataset: str = "mnist5k"
     """Data set, as for experiments.finetune."""
     recipe: str = "qat"
-    """Recipe: full_precision, qat, psq1, fqt1 or fqt1_plus. The next eleven change parts of it."""
+    """Recipe: full_precision, qat, psq1, fqt1 or fqt1_plus, or qat_activations, with float weights,
+    the first of two steps. The next eleven change parts of it."""
     learning_rate: float | None = 2e-3
     """Learning rate."""
     epochs: int = 8

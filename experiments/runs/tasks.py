@@ -115,9 +115,6 @@ def build_task(
     recipe = config.build_recipe()
     float_model = create_model(**model_options(config, dataset), rngs=nnx.Rngs(config.seed))
     start = "random values"
-    if checkpoint is not None:
-        fresh = load_parameters(checkpoint, float_model, new_head="head")
-        start = f"{checkpoint}" + (" with a new head" if fresh else "")
     if weights is not None:
         loaded = load_weights(float_model, weights).table
         counts = f"{len(loaded.loaded)} loaded, {len(loaded.new)} new, {len(loaded.unused)} unused"
@@ -130,6 +127,9 @@ def build_task(
         implementation=config.implementation,
         rngs=nnx.Rngs(config.seed + 1),
     )
+    if checkpoint is not None:  # into the quantized model: it may hold learned scales
+        fresh = load_parameters(checkpoint, model, new_head="head")
+        start = f"{checkpoint}" + (" with a new head" if fresh else "")
     if recipe.threshold != "zero":
         images = normalize(dataset.train.first(_CALIBRATED), dataset.mean, dataset.std)
         calibrate(model, images)

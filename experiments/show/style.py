@@ -21,6 +21,7 @@ paper and in the dark."""
 _RECIPES = {
     "full_precision": "#777777",
     "qat": "#228833",
+    "qat_activations": "#ccbb44",
     "psq1": "#ee6677",
     "fqt1": "#4477aa",
     "fqt1_plus": "#aa3377",

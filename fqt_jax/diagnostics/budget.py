@@ -127,9 +127,11 @@ def _layer_budget(layer: LayerShape) -> LayerBudget:
     n, _, _, o = layer.output
     entries = math.prod(layer.input)
     as_float = entries * _FLOAT_BITS // 8
-    saved, operand_bits = as_float, _FLOAT_BITS
-    if recipe.binary:
-        operand_bits = 1
+    saved, weight_bits = as_float, _FLOAT_BITS
+    if recipe.binary and not recipe.binary_weights:
+        saved += entries if recipe.clip else 0  # signs in float, the mask as bytes
+    elif recipe.binary:
+        weight_bits = 1
         # Packed sample by sample, in words of 32.
         words = 4 * n * math.ceil(math.prod(layer.input[1:]) / 32)
         saved = words * (2 if recipe.clip else 1)
@@ -144,9 +146,9 @@ def _layer_budget(layer: LayerShape) -> LayerBudget:
         )
     counts: dict[str, Any] = {
         "weights": math.prod(layer.kernel),
-        "weight_bits": operand_bits,
+        "weight_bits": weight_bits,
         "activations": entries,
-        "activation_bits": operand_bits,
+        "activation_bits": 1 if recipe.binary else _FLOAT_BITS,
     }
     return LayerBudget(
         layer.path,

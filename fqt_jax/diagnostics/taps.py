@@ -274,7 +274,7 @@ def _backward(
 
 def _scale(layer: Any) -> jax.Array:
     """The weight scale, which is folded into the gradient before it is quantized."""
-    if layer.recipe.scale == "none":
+    if layer.recipe.scale == "none" or not layer.recipe.binary_weights:
         return jnp.ones((1, 1, 1, 1), jnp.float32)
     scale = type_of(layer).mean_abs(layer) if layer.scale is None else layer.scale[...]
     return scale.astype(jnp.float32).reshape(1, 1, 1, -1)

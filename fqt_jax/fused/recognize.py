@@ -151,6 +151,8 @@ def recognize(layer: Any) -> Part:
             return Part(layer, "other", f"{layer.geometry.why_general} is computed in float")
         if isinstance(layer, QuantConv) and len(layer.kernel_size) != 2:
             return Part(layer, "other", "only convolutions of images fuse")
+        if layer.recipe.weights == "float":
+            return Part(layer, "other", "its weights are float")
         return Part(layer, "product" if layer.recipe.binary else "float product")
     if isinstance(layer, nnx.BatchNorm):
         why = _why_not_norm(layer)

@@ -56,8 +56,10 @@ class QuantLayer(nnx.Module):
             if bias_shape is not None
             else None
         )
-        # Starts at the mean of abs(w), the scale that the unlearned recipes use.
-        self.scale = nnx.Param(scale_of(self.kernel[...])) if recipe.scale == "learned" else None
+        scale = scale_of(self.kernel[...]) if recipe.learns_scale else None
+        if scale is not None and recipe.scale == "learned_from_one":
+            scale = jnp.ones_like(scale)
+        self.scale = None if scale is None else nnx.Param(scale)
         # Signs change at zero until fqt_jax.calibrate has seen a batch.
         held = {"calibrated": nnx.BatchStat, "learned": nnx.Param}.get(recipe.threshold)
         self.threshold = None if held is None else held(jnp.zeros(in_features, jnp.float32))

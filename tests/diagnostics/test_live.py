@@ -157,6 +157,9 @@ def test_budget_counts_what_is_kept(float_vgg, recipe):
 
 
 def test_budget_of_shared_samples_and_of_float():
+    [layer] = diagnostics.budget(plain(fqt.QAT_ACTIVATIONS), BATCH)[1:2]
+    assert (layer.weight_bits, layer.activation_bits, layer.input_gradient_bits) == (32, 1, 32)
+    assert layer.saved_bytes == layer.float_saved_bytes + layer.activations
     [layer] = diagnostics.budget(plain(FQT1_PLUS), BATCH)[1:2]
     assert (layer.input_gradient_bits, layer.weight_gradient_bits) == (1, 1)
     found = diagnostics.budget(Plain(nnx.Rngs(0)), BATCH)

@@ -76,9 +76,16 @@ def test_what_cannot_be_exported_is_named(options, error, message):
     assert [path.name for path in pathlib.Path().iterdir()] == ["there.safetensors"]
 
 
-def test_a_run_in_float_has_nothing_to_pack():
-    run = a_run(recipe="full_precision")
-    with pytest.raises(UserError, match="run is in full precision: it has no signs to pack"):
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("full_precision", "run is in full precision: it has no signs to pack"),
+        ("qat_activations", "run has float weights, the first of two steps: fine-tune it with"),
+    ],
+)
+def test_a_run_with_float_weights_is_not_exported(recipe, message):
+    run = a_run(recipe=recipe)
+    with pytest.raises(UserError, match=message):
         exporting.main(exporting.ExportConfig(run, FILE))
     assert not FILE.exists()
 

@@ -315,10 +315,13 @@ def test_a_pretraining_that_is_stopped_goes_on_by_the_same_command(monkeypatch, 
     assert re.search(r"pretrained\S+ from \S+, after step (\d+) of \1\n", capsys.readouterr().out)
 
 
-def test_pretrained_checkpoints_start_a_finetuning(capsys):
+@pytest.mark.parametrize("recipe", ["qat", "qat_activations"])
+def test_pretrained_checkpoints_start_a_finetuning(recipe):
+    """Those of the first of two steps, too, whose weights are float."""
     pretrain(
         PretrainConfig(
             dataset="digits",
+            recipe=recipe,
             model="vgg_small",
             width=0.25,
             image_size=8,
@@ -412,6 +415,9 @@ def test_a_batch_that_is_too_large_is_named_before_pretraining(capsys):
         ({"recipe": "psq1", "sampler": "uniform"}, "sampler has no effect: nothing is pruned"),
         ({"one_draw": True, "importance": "norm"}, "importance has no effect: one_draw draws by"),
         ({"recipe": "full_precision", "clip": False}, "clip has no meaning in a full-precision"),
+        ({"recipe": "qat_activations", "scale": "none"}, "scale has no meaning where weights are"),
+        ({"recipe": "qat_activations", "bits": 4}, "does not quantize gradients: bits cannot be"),
+        ({"recipe": "qat_activations", "one_draw": True}, "prunes nothing: one_draw cannot be set"),
         ({"pretrain_epochs": 2}, "pretrain_epochs has no effect: with checkpoint, weights or from"),
         ({"seed": -1}, "seed must be from 0"),
         ({"resume": pathlib.Path("x")}, "either out"),
