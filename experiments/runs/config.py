@@ -40,7 +40,8 @@ class RunConfig:
 
     model: str = "resnet18"
     """Model: vgg_small, vgg11, vgg13, vgg16, vgg19, resnet18, resnet34, resnet50, mobilenet; or of
-    torchvision's form with ReLU: resnet18_torch, vgg16_torch, vgg16_bn_torch and the like."""
+    torchvision's form with ReLU: resnet18_torch, vgg16_torch, vgg16_bn_torch and the like, and
+    resnet50_keras."""
     width: float = 0.25
     """Factor on the model's number of channels."""
     stem: Literal["auto", "small", "imagenet"] = "auto"

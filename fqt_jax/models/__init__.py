@@ -12,6 +12,7 @@ from fqt_jax.models.resnet import ResNet as ResNet
 from fqt_jax.models.resnet import ResNet18 as ResNet18
 from fqt_jax.models.resnet import ResNet34 as ResNet34
 from fqt_jax.models.resnet import ResNet50 as ResNet50
+from fqt_jax.models.torchvision import KERAS_MODELS as KERAS_MODELS
 from fqt_jax.models.torchvision import TORCH_MODELS as TORCH_MODELS
 from fqt_jax.models.torchvision import TorchResNet as TorchResNet
 from fqt_jax.models.torchvision import TorchVGG as TorchVGG
@@ -33,8 +34,9 @@ MODELS: dict[str, Callable[..., Any]] = {
     "resnet50": ResNet50,
     "mobilenet": MobileNet,
     **TORCH_MODELS,
+    **KERAS_MODELS,
 }
-"""The models by name. Those in the form of torchvision take its weights, and have ReLU."""
+"""The models by name. Those in the form of torchvision or Keras take its weights, and have ReLU."""
 
 
 def has_stem(name: str) -> bool:
@@ -44,7 +46,7 @@ def has_stem(name: str) -> bool:
       >>> has_stem("resnet18"), has_stem("vgg11"), has_stem("resnet50_torch")
       (True, False, False)
     """
-    return name.startswith(("resnet", "mobilenet")) and name not in TORCH_MODELS
+    return name.startswith(("resnet", "mobilenet")) and name not in TORCH_MODELS | KERAS_MODELS
 
 
 def create_model(

@@ -1,4 +1,4 @@
-"""ImageNet networks in the exact form of torchvision and timm, so that their weights load.
+"""ImageNet networks in the exact form of torchvision, timm and Keras, so that their weights load.
 
 They have ReLU where the others of this package have PReLU: to train them at one bit, give their
 signs a threshold (:func:`fqt_jax.calibrate`).
@@ -19,16 +19,20 @@ from fqt_jax.models.common import STEM_POOL, max_pooling, scaled
 from fqt_jax.sequential import Sequential
 
 
-def _norm(features: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
-    return nnx.BatchNorm(features, momentum=0.9, epsilon=1e-5, rngs=rngs)
+def _norm(features: int, rngs: nnx.Rngs, epsilon: float = 1e-5) -> nnx.BatchNorm:
+    return nnx.BatchNorm(features, momentum=0.9, epsilon=epsilon, rngs=rngs)
 
 
 class TorchResNet(nnx.Module):
     """A ResNet of basic blocks, or of bottlenecks whose 3x3 convolution has the stride (v1.5).
 
+    That of Keras has the stride in a block's first convolution (v1), and norms that add 1.001e-5 to
+    the variance. Its convolutions have biases, which here are part of the norms' means.
+
     Args:
       depths: number of blocks in each stage.
       bottleneck: whether a block is 1x1, 3x3, 1x1 with four times the channels at its end.
+      keras: whether the form is that of Keras.
       num_classes: size of the output.
       in_features: channels of the images.
       width: factor on the number of channels; 64, 128, 256, 512 at 1.
@@ -48,21 +52,23 @@ class TorchResNet(nnx.Module):
         depths: Sequence[int],
         *,
         bottleneck: bool = False,
+        keras: bool = False,
         num_classes: int,
         in_features: int = 3,
         width: float = 1.0,
         rngs: nnx.Rngs,
     ):
-        self.depths = tuple(depths)
+        self.depths, self.keras = tuple(depths), keras
         channels = scaled(64, width)
         conv = nnx.Conv(in_features, channels, (7, 7), 2, padding=3, use_bias=False, rngs=rngs)
-        self.stem = Sequential(conv, _norm(channels, rngs), nnx.relu, STEM_POOL)
+        norm = functools.partial(_norm, rngs=rngs, epsilon=1.001e-5 if keras else 1e-5)
+        self.stem = Sequential(conv, norm(channels), nnx.relu, STEM_POOL)
         self.blocks = nnx.List()
         for stage, depth in enumerate(depths):
             features = scaled(64 * 2**stage, width)
             for i in range(depth):
                 stride = 2 if stage > 0 and i == 0 else 1
-                block = _Block(channels, features, stride, bottleneck, rngs)
+                block = _Block(channels, features, stride, bottleneck, keras, norm, rngs)
                 self.blocks.append(block)
                 channels = block.out_features
         self.head = nnx.Linear(channels, num_classes, rngs=rngs)
@@ -77,7 +83,14 @@ class TorchResNet(nnx.Module):
 
 class _Block(nnx.Module):
     def __init__(
-        self, in_features: int, features: int, stride: int, bottleneck: bool, rngs: nnx.Rngs
+        self,
+        in_features: int,
+        features: int,
+        stride: int,
+        bottleneck: bool,
+        stride_first: bool,
+        norm: Callable[[int], nnx.BatchNorm],
+        rngs: nnx.Rngs,
     ):
         self.out_features = 4 * features if bottleneck else features
 
@@ -91,13 +104,13 @@ class _Block(nnx.Module):
                 use_bias=False,
                 rngs=rngs,
             )
-            return [layer, _norm(outputs, rngs)]
+            return [layer, norm(outputs)]
 
         if bottleneck:
             self.body = Sequential(
-                *conv(in_features, features, 1),
+                *conv(in_features, features, 1, stride if stride_first else 1),
                 nnx.relu,
-                *conv(features, features, 3, stride),
+                *conv(features, features, 3, 1 if stride_first else stride),
                 nnx.relu,
                 *conv(features, self.out_features, 1),
             )
@@ -208,4 +221,9 @@ TORCH_MODELS: dict[str, Callable[..., Any]] = {
         for n, stages in _STAGES.items()
     },
 }
-"""The networks by name."""
+"""The networks of torchvision by name."""
+
+KERAS_MODELS: dict[str, Callable[..., Any]] = {
+    "resnet50_keras": functools.partial(TorchResNet, (3, 4, 6, 3), bottleneck=True, keras=True)
+}
+"""Those of Keras that differ; its VGG16 and VGG19 do not."""

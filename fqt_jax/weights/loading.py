@@ -14,6 +14,7 @@ from fqt_jax.models.resnet import ResNet
 from fqt_jax.models.torchvision import TorchResNet, TorchVGG
 from fqt_jax.models.vgg import VGG
 from fqt_jax.text import format_table
+from fqt_jax.weights import keras
 from fqt_jax.weights.files import WeightsError, read
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -22,7 +23,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 KERAS_MEAN = (123.68 / 255, 116.779 / 255, 103.939 / 255)
 KERAS_STD = (1 / 255,) * 3
-"""Of Keras' VGGs, whose images are not divided by anything."""
+"""Of Keras' VGGs and ResNets, whose images are not divided by anything."""
 
 
 class LoadTable(NamedTuple):
@@ -71,8 +72,9 @@ class _Part(NamedTuple):
 def load(model: Any, path: str | os.PathLike[str]) -> Loaded:
     """Loads weights that were trained elsewhere into a float model, in place.
 
-    A model in PyTorch's form (:data:`fqt_jax.models.TORCH_MODELS`) takes all weights of that
-    network, and computes the same logits. Of a binary-friendly one (:class:`fqt_jax.models.ResNet`,
+    A model in the form of PyTorch or Keras (:data:`fqt_jax.models.TORCH_MODELS`,
+    :data:`fqt_jax.models.KERAS_MODELS`) takes all weights of that network, and computes the same
+    logits. Of a binary-friendly one (:class:`fqt_jax.models.ResNet`,
     :class:`fqt_jax.models.VGG`) it fills what has a counterpart: the convolutions, and the norms of
     a VGG with batch norm. A classifier of another size, and a stem of another, stay as they are and
     are listed as new.
@@ -80,7 +82,7 @@ def load(model: Any, path: str | os.PathLike[str]) -> Loaded:
     Args:
       model: the model, not quantized yet.
       path: of the file (:func:`read`): PyTorch's names, as torchvision and timm have them, or
-        those of Keras' VGG16 and VGG19.
+        those of Keras' VGG16, VGG19 and ResNet50.
 
     Returns:
       A table of what was loaded, and the mean and deviation of the images.
@@ -105,12 +107,15 @@ def load(model: Any, path: str | os.PathLike[str]) -> Loaded:
         [64, 3, 3, 3], and features/layers/0 takes [8, 3, 3, 3].
     """
     arrays = read(path)
-    if any(name.startswith("block1_conv1/") for name in arrays):
-        try:
-            arrays = _from_keras(arrays)
-        except (KeyError, ValueError) as error:
-            raise WeightsError(f"{path} is no VGG of Keras: {error}.") from None
-    arrays = _from_timm(arrays)
+    is_keras_resnet = keras.is_resnet(arrays)
+    if isinstance(model, TorchResNet) and model.keras != is_keras_resnet:
+        theirs = "is" if is_keras_resnet else "is not"
+        other = "resnet50_keras" if is_keras_resnet else "one like resnet50_torch"
+        raise WeightsError(
+            f"{path} {theirs} a ResNet of Keras, which has its strides elsewhere: load it into "
+            f"{other}."
+        )
+    arrays = _from_timm(keras.by_torch_names(arrays, path))
     found: list[tuple[str, str, nnx.Variable[Any], np.ndarray]] = []
     new: list[tuple[str, str]] = []
     wrong: list[str] = []
@@ -285,36 +290,4 @@ def _from_timm(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             name = f"classifier.{names[layer]}.{field}"
             array = array.reshape(array.shape[0], -1) if array.ndim == 4 else array
         renamed[name] = array
-    return renamed
-
-
-def _from_keras(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Keras' VGG16 or VGG19 by the names and in the layout of PyTorch.
-
-    Its images have blue first and its first dense layer flattens rows first.
-    """
-    blocks: dict[int, int] = {}
-    for name in arrays:
-        if name.startswith("block"):
-            of, _, count = name.partition("/")[0].partition("_conv")
-            number = int(of.removeprefix("block"))
-            blocks[number] = max(blocks.get(number, 0), int(count or 0))
-    renamed: dict[str, np.ndarray] = {}
-    place = 0
-    for block, convs in sorted(blocks.items()):
-        for conv in range(1, convs + 1):
-            kernel = arrays[f"block{block}_conv{conv}/kernel"]
-            kernel = kernel[:, :, ::-1] if place == 0 else kernel
-            renamed[f"features.{place}.weight"] = kernel.transpose(3, 2, 0, 1)
-            renamed[f"features.{place}.bias"] = arrays[f"block{block}_conv{conv}/bias"]
-            place += 2
-        place += 1
-    for name, dense in (("fc1", 0), ("fc2", 3), ("predictions", 6)):
-        if f"{name}/kernel" in arrays:
-            kernel = arrays[f"{name}/kernel"]
-            if dense == 0:
-                kernel = kernel.reshape(7, 7, -1, kernel.shape[1]).transpose(2, 0, 1, 3)
-                kernel = kernel.reshape(-1, kernel.shape[-1])
-            renamed[f"classifier.{dense}.weight"] = kernel.T
-            renamed[f"classifier.{dense}.bias"] = arrays[f"{name}/bias"]
     return renamed
