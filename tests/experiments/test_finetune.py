@@ -346,6 +346,23 @@ def test_pretrained_checkpoints_start_a_finetuning(recipe):
     assert not pathlib.Path("x").exists()
 
 
+def test_learned_scales_go_on_from_those_of_the_start():
+    main(tiny(epochs=1, recipe="qat", scale="learned_from_one", out=pathlib.Path("source")))
+    config = tiny(scale="learned", from_scratch=False, checkpoint=pathlib.Path("source"))
+    start = latest_checkpoint(pathlib.Path("source/checkpoints"))
+    model = build_task(config, load_dataset(config), start).model
+    saved = {k: v for k, v in parameters("source").items() if k.startswith("params.")}
+    names = [
+        k for k in saved if k.endswith(".scale") and f"{k.removesuffix('scale')}kernel" in saved
+    ]
+    assert names
+    for name in names:
+        _, _, _, layer, _ = name.split(".")
+        scale = np.asarray(model.features.layers[int(layer)].scale[...])
+        np.testing.assert_array_equal(scale, saved[name])
+        assert np.ptp(scale) > 0
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
