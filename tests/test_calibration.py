@@ -134,6 +134,7 @@ def test_quantize_warns_of_signs_that_are_all_the_same():
     assert message.startswith("every sign that layers/4 will see is +1, since relu returns no")
     assert "fqt_jax.calibrate(model, batch)" in message
     assert len(warned(nnx.sigmoid)) == 1
+    assert len(warned(nnx.relu, recipe=fqt.QAT_ACTIVATIONS)) == 1
     assert warned(nnx.relu, norm) == warned(nnx.PReLU()) == warned(nnx.gelu) == []
     assert warned(nnx.relu, recipe=CALIBRATED) == []
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+import fqt_jax as fqt
 from experiments import cli, process
 from experiments import export as exporting
 from experiments.data import load
@@ -23,6 +24,7 @@ from experiments.pretrain import PretrainConfig
 from experiments.pretrain import main as pretrain
 from experiments.runs import folders, locks, runner, summaries
 from experiments.runs.config import RunConfig
+from experiments.runs.finetuning import pretraining
 from experiments.runs.pretraining import newest_pretraining
 from experiments.runs.saved_config import config_from_json, read_config
 from experiments.runs.tasks import build_task, load_dataset
@@ -245,6 +247,14 @@ def test_finetuning_pretrains_once_and_keeps_the_result(capsys):
     assert "pretraining" not in printed
     a, c = (json.loads(pathlib.Path(f, "summary.json").read_text()) for f in "ac")
     assert a["validation_loss"] == c["validation_loss"]
+
+
+def test_a_pretraining_has_the_forward_pass_of_what_it_is_for():
+    for recipe, wanted in (("fqt1", "qat"), ("qat_activations", "qat_activations")):
+        config = FinetuneConfig(recipe=recipe, threshold="learned")
+        assert pretraining(config, 8).build_recipe() == dataclasses.replace(
+            fqt.recipe_by_name(wanted), threshold="learned"
+        )
 
 
 def test_a_pretraining_that_is_not_what_to_start_from_is_told_why():
