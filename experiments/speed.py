@@ -32,7 +32,7 @@ from experiments.bench.steps import say
 from experiments.cli import UserError
 from experiments.runs.folders import write_json
 from experiments.show.style import FORMATS
-from fqt_jax.models import MODELS, TORCH_MODELS
+from fqt_jax.models import IMAGE_SEQUENCE_MODELS, MODELS, TOKEN_MODELS, TORCH_MODELS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,9 @@ class SpeedConfig:
     """Draw the steps' times to this file."""
 
     def __post_init__(self) -> None:
-        models = [name for name in MODELS if name not in TORCH_MODELS]
+        models = [
+            n for n in MODELS if n not in {**TORCH_MODELS, **IMAGE_SEQUENCE_MODELS, **TOKEN_MODELS}
+        ]
         if self.model not in models:
             raise UserError(f"unknown model {self.model!r}; known models: {', '.join(models)}.")
         for name in self.recipes:
