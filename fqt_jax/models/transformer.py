@@ -89,9 +89,9 @@ def turned(x: jax.Array) -> jax.Array:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> turned(jnp.array([[[[3.0, 0.0]], [[3.0, 0.0]]]]))[0, :, 0].round(3)  # by 1 radian
-      Array([[3.   , 0.   ],
-             [1.621, 2.524]], dtype=float32)
+      >>> x = jnp.broadcast_to(jnp.array([1.0, 0.0]), (1, 2, 1, 2))
+      >>> [f"{a:.3f}" for a in turned(x)[0, 1, 0]]  # by one radian
+      ['0.540', '0.841']
     """
     half = x.shape[-1] // 2
     rates = jnp.power(10000.0, -jnp.arange(half, dtype=jnp.float32) / half)
