@@ -32,6 +32,7 @@ from fqt_jax.checkpoints import load_parameters, read_metadata
 from fqt_jax.models import TOKEN_MODELS
 
 _KINDS: dict[str, type[RunConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
+_NO_ONNX = (*TOKEN_MODELS, "lstm", "gru")
 _CHECKED = 32
 
 
@@ -60,8 +61,10 @@ def main(config: ExportConfig) -> None:
     options = config_from_json(_KINDS[metadata["experiment"]], metadata["config"])
     if not options.build_recipe().binary:
         raise cli.UserError(f"{config.run} is in full precision: it has no signs to pack.")
-    if config.out.suffix == ".onnx" and options.model in TOKEN_MODELS:
-        raise cli.UserError(f"{options.model} takes tokens: a .onnx file takes images.")
+    if config.out.suffix == ".onnx" and options.model in _NO_ONNX:
+        raise cli.UserError(
+            f"{options.model} cannot be written as .onnx: that takes images, and has no loops."
+        )
     dataset = tasks.load_dataset(options)
     if isinstance(options, FinetuneConfig) and options.weights is not None:
         dataset = tasks.normalized_for(dataset, options.weights)

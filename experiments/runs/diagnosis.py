@@ -16,7 +16,8 @@ from experiments.runs.config import RunConfig
 from experiments.runs.kinds import kind_of
 from experiments.show.gradients import plot_time
 from fqt_jax import diagnostics
-from fqt_jax.training import TrainState
+from fqt_jax.diagnostics.taps import seen_layers
+from fqt_jax.training import TrainState, merge_model
 from fqt_jax.tree import leaf_name
 
 _SAMPLES = 64
@@ -39,6 +40,7 @@ class Diagnosis:
 
     def __init__(self, config: RunConfig, dataset: Dataset, graphdef: Any, state: TrainState):
         inputs = kind_of(dataset).first(dataset, dataset.train, _SAMPLES)
+        seen_layers(merge_model(graphdef, state), inputs)  # raises where it cannot see them all
         self._title = f"{config.dataset}, {config.model} x{config.width:g}, {config.variant}"
         self._warned = False
         self._signs = _signs(state)
