@@ -278,7 +278,7 @@ def _squares(g: Any, ends: np.ndarray) -> Any:
 def main(config: EstimatorsConfig) -> None:
     """Runs the experiment."""
     began = time.perf_counter()
-    dataset = tasks.load_dataset(config, can_stream=False)
+    dataset = tasks.load_dataset(config, any_data=False)
     if max(config.batch_size, config.images) > len(dataset.train):
         raise cli.UserError(f"there are only {len(dataset.train)} training images.")
     folder = folders.run_folder(config, "estimators")

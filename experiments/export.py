@@ -20,17 +20,19 @@ import tyro
 from flax import nnx
 
 from experiments import cli
-from experiments.data.augment import normalize
 from experiments.data.dataset import import_extra
 from experiments.runs import exporting, folders, tasks
 from experiments.runs.config import RunConfig
 from experiments.runs.finetuning import FinetuneConfig
+from experiments.runs.kinds import kind_of
 from experiments.runs.pretraining import PretrainConfig
 from experiments.runs.saved_config import config_from_json
 from fqt_jax import export
 from fqt_jax.checkpoints import load_parameters, read_metadata
+from fqt_jax.models import TOKEN_MODELS
 
 _KINDS: dict[str, type[RunConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
+_NO_ONNX = (*TOKEN_MODELS, "lstm", "gru")
 _CHECKED = 32
 
 
@@ -64,6 +66,10 @@ def main(config: ExportConfig) -> None:
             f"{config.run} has float weights, the first of two steps: fine-tune it with binary "
             "weights first."
         )
+    if config.out.suffix == ".onnx" and options.model in _NO_ONNX:
+        raise cli.UserError(
+            f"{options.model} cannot be written as .onnx: that takes images, and has no loops."
+        )
     dataset = tasks.load_dataset(options)
     if isinstance(options, FinetuneConfig) and options.weights is not None:
         dataset = tasks.normalized_for(dataset, options.weights)
@@ -71,18 +77,19 @@ def main(config: ExportConfig) -> None:
     load_parameters(checkpoint, model)
     model.eval()
     about = exporting.description(options, dataset)
-    images = normalize(dataset.test.first(_CHECKED), dataset.mean, dataset.std)
-    expected = np.asarray(nnx.jit(lambda model, x: model(x))(model, images))
+    kind = kind_of(dataset)
+    inputs = kind.first(dataset, dataset.test, _CHECKED)
+    expected = np.asarray(nnx.jit(lambda model, x: model(x))(model, inputs))
     try:
         if config.out.suffix == ".onnx":
-            size = export.to_onnx(model, config.out, ("B", *images.shape[1:]), about)
-            found = _run_onnx(config.out, images)
+            size = export.to_onnx(model, config.out, ("B", *inputs.shape[1:]), about)
+            found = _run_onnx(config.out, np.asarray(inputs))
             is_same = np.allclose(found, expected, rtol=1e-3, atol=1e-3)
             how = "to rounding"
         else:
             size = export.save(model, config.out, about)
             loaded = export.load(config.out, exporting.builder(about))
-            found = np.asarray(export.inference(loaded)(images))
+            found = np.asarray(export.inference(loaded)(inputs))
             is_same, how = np.array_equal(found, expected), "bit for bit"
         if not is_same:
             raise RuntimeError(f"{config.out} does not compute what the model of the run does.")
@@ -93,7 +100,7 @@ def main(config: ExportConfig) -> None:
     floats = sum(4 * array.size for array in held)
     print(
         f"{config.out}: {size / 1024:.1f} KiB, 1/{floats / size:.1f} of {floats / 1024:.1f} KiB in "
-        f"float; the same logits, {how}, on {len(images)} test images"
+        f"float; the same logits, {how}, on {len(inputs)} test {kind.samples}"
     )
 
 

@@ -88,7 +88,7 @@ class Batch(NamedTuple):
 def main(config: StatisticsConfig) -> None:
     """Runs the experiment."""
     began = time.perf_counter()
-    dataset = tasks.load_dataset(config, can_stream=False)
+    dataset = tasks.load_dataset(config, any_data=False)
     if max(config.batch_size, config.diagnosed_images) > len(dataset.train):
         raise cli.UserError(f"there are only {len(dataset.train)} training images.")
     task = tasks.build_task(config, dataset, None)
@@ -140,7 +140,7 @@ def _train(
 ) -> Iterator[tuple[int, Any, TrainState, dict[str, Any]]]:
     """Yields (epoch, graphdef, state, record), from epoch 0, before training, to the last."""
     step, previous = None, None
-    held_out = on_device(dataset.validation)
+    held_out = on_device(dataset, dataset.validation)
     for epoch, graphdef, state in plain_epochs(config, dataset, model):
         if step is None:
             step = build_eval_step(dataset, graphdef)

@@ -32,7 +32,13 @@ from experiments.bench.steps import say
 from experiments.cli import UserError
 from experiments.runs.folders import write_json
 from experiments.show.style import FORMATS
-from fqt_jax.models import KERAS_MODELS, MODELS, TORCH_MODELS
+from fqt_jax.models import (
+    IMAGE_SEQUENCE_MODELS,
+    KERAS_MODELS,
+    MODELS,
+    TOKEN_MODELS,
+    TORCH_MODELS,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +89,8 @@ class SpeedConfig:
     """Draw the steps' times to this file."""
 
     def __post_init__(self) -> None:
-        models = [name for name in MODELS if name not in TORCH_MODELS | KERAS_MODELS]
+        others = TORCH_MODELS | KERAS_MODELS | IMAGE_SEQUENCE_MODELS | TOKEN_MODELS
+        models = [name for name in MODELS if name not in others]
         if self.model not in models:
             raise UserError(f"unknown model {self.model!r}; known models: {', '.join(models)}.")
         for name in self.recipes:

@@ -58,7 +58,7 @@ def sign_balance(model: Any, *inputs: Any, **options: Any) -> SignTable:
       *inputs, **options: what it is called with.
 
     Raises:
-      ValueError: the model has no quantized layer.
+      ValueError: the model has no quantized layer, or calls one inside of a loop.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -99,7 +99,8 @@ def calibrate(model: Any, *inputs: Any, **options: Any) -> SignTable:
       The signs of all quantized layers, thresholds included; print it.
 
     Raises:
-      ValueError: no layer has a threshold, the batch is empty, or a layer is given NaN or infinity.
+      ValueError: no layer has a threshold, the batch is empty, a layer is given NaN or infinity, or
+        is called inside of a loop.
 
     Example:
       >>> import dataclasses

@@ -250,7 +250,7 @@ def _ends_in_use(model: Any, example: Any) -> dict[str | None, str]:
         return y
 
     def run(state: Any, inputs: tuple[Any, ...]) -> Any:
-        return tapped(nnx.merge(graphdef, state, copy=True), observe)(*inputs)
+        return tapped(nnx.merge(graphdef, state, copy=True), observe, observe)(*inputs)
 
     outputs = jax.eval_shape(run, state, inputs)
     ends: dict[str | None, str] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,9 @@ class CrossEntropy:
     .. math:: -\sum_c q_c \log \mathrm{softmax}(z)_c, \qquad
        q = (1 - \epsilon)\, e_{label} + \epsilon / C
 
+    A sample may have one label, or many, as a text has one for each of its tokens: its loss is then
+    their mean.
+
     A label that is out of range is an error where it can be seen before a step, in arrays on the
     host and in a data set that :func:`fqt_jax.training.gather_on_device` is given. Elsewhere its
     sample's loss is NaN, and so is the gradient.
@@ -37,7 +41,7 @@ class CrossEntropy:
     Args:
       num_classes: ``C``, the number of logits.
       smoothing: ``epsilon``, in [0, 1).
-      labels: where in a batch the labels ``int[N]`` are.
+      labels: where in a batch the labels ``int[N, ...]`` are.
 
     Raises:
       ValueError: ``num_classes`` is less than 1 or ``smoothing`` outside [0, 1).
@@ -71,7 +75,7 @@ class CrossEntropy:
 
         Raises:
           TypeError: the outputs are not floating-point or the labels not whole numbers.
-          ValueError: the outputs are not ``[N, C]`` or the labels not ``[N]``.
+          ValueError: the outputs are not ``[N, ..., C]`` where the labels are ``[N, ...]``.
         """
         labels = self._labels(outputs, batch)
         if self.smoothing:
@@ -84,12 +88,22 @@ class CrossEntropy:
         valid = (labels >= 0) & (labels < self.num_classes)
         # A factor, so that the gradient is NaN with the loss: else the sample would be left out
         # without a word.
-        return losses * jnp.where(valid, 1.0, jnp.nan).astype(losses.dtype)
+        return _of_sample(losses * jnp.where(valid, 1.0, jnp.nan).astype(losses.dtype))
 
     def accuracy(self, outputs: jax.Array, batch: Any) -> jax.Array:
-        """Whether the largest output of each sample is that of its label, ``bool[N]``."""
+        """Whether the largest output of each sample is that of its label, ``bool[N]``.
+
+        Of samples with many labels, the part of them for which it is, ``float32[N]``.
+        """
         labels = self._labels(outputs, batch)
-        return jnp.argmax(outputs, axis=-1).astype(labels.dtype) == labels
+        return _of_sample(jnp.argmax(outputs, axis=-1).astype(labels.dtype) == labels)
+
+    def bits(self, outputs: jax.Array, batch: Any) -> jax.Array:
+        """What each label costs in bits, on average over those of a sample, ``[N]``.
+
+        That is the loss without label smoothing, over ``log(2)``: bits per character, of text.
+        """
+        return dataclasses.replace(self, smoothing=0.0)(outputs, batch) / math.log(2)
 
     def check(self, batch: Any, wait: bool = True) -> None:
         """Checks the range of the labels in a batch or in a whole data set.
@@ -119,9 +133,14 @@ class CrossEntropy:
         if not jnp.issubdtype(labels.dtype, jnp.integer):
             raise TypeError(f"labels must be whole numbers; got {labels.dtype}.")
         expected = (*labels.shape, self.num_classes)
-        if labels.ndim != 1 or outputs.shape != expected:
+        if labels.ndim < 1 or outputs.shape != expected:
             raise ValueError(
-                f"the outputs must be [N, {self.num_classes}] and the labels [N]; got "
-                f"{list(outputs.shape)} and {list(labels.shape)}."
+                f"the outputs must be [N, {self.num_classes}] and the labels [N], or both with "
+                f"more axes between; got {list(outputs.shape)} and {list(labels.shape)}."
             )
         return labels
+
+
+def _of_sample(values: jax.Array) -> jax.Array:
+    """The mean over all axes but the first, where there are others."""
+    return values if values.ndim == 1 else jnp.mean(values, axis=tuple(range(1, values.ndim)))

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from flax.nnx.tracers import TraceState
 
 from fqt_jax.layer_types import all_layers
 
@@ -18,13 +19,32 @@ Observe = Callable[[str, Any, jax.Array, Call], jax.Array]
 """``(path, layer, x, call) -> y``, in place of the layer; ``call()`` calls it."""
 
 
-def tapped(model: nnx.Module, observe: Observe) -> Any:
+def tapped(model: nnx.Module, observe: Observe, inside: Observe | None = None) -> Any:
     """The model with a tap in the place of each layer that can be quantized, or was.
 
     ``model`` itself is changed. Nothing that holds a tap fuses.
+
+    Args:
+      model: the model.
+      observe: sees what passes.
+      inside: in its place for layers that the model calls inside of a loop or another
+        transformation, such as ``nnx.scan``: it must keep none of the arrays that it sees. With
+        none, such a call is a ``ValueError``.
     """
+    trace = TraceState()
+
+    def see(path: str, layer: Any, x: jax.Array, call: Call) -> jax.Array:
+        if trace.is_valid():
+            return observe(path, layer, x, call)
+        if inside is not None:
+            return inside(path, layer, x, call)
+        raise ValueError(
+            f"layer {path} is called inside of a loop, such as nnx.scan, or another "
+            "transformation: what passes it cannot be seen."
+        )
+
     for place in all_layers(model):
-        model = place.put(model, _Tap(place.module, functools.partial(observe, place.path)))
+        model = place.put(model, _Tap(place.module, functools.partial(see, place.path)))
     return model
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fqt_jax.models import MODELS, create_model
+from fqt_jax.models import MODELS, TOKEN_MODELS, create_model
 from fqt_jax.models.common import avg_pool, scaled
 from fqt_jax.pooling import max_pool
 
@@ -47,11 +47,14 @@ def test_parameter_counts_are_those_of_the_published_architectures(name, expecte
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_model_maps_images_to_logits(name):
+def test_every_model_maps_images_to_logits_or_tokens_to_those_of_the_next(name):
     def logits(x):
         return create_model(name, num_classes=7, in_features=1, rngs=nnx.Rngs(0))(x)
 
-    assert jax.eval_shape(logits, jnp.ones((2, 32, 32, 1))).shape == (2, 7)
+    if name in TOKEN_MODELS:
+        assert jax.eval_shape(logits, jnp.ones((2, 12), jnp.int32)).shape == (2, 12, 7)
+    else:
+        assert jax.eval_shape(logits, jnp.ones((2, 32, 32, 1))).shape == (2, 7)
 
 
 @pytest.mark.parametrize("name", ["vgg_small", "resnet18"])

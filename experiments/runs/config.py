@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from experiments.cli import UserError
 from experiments.data.catalog import Stream
+from experiments.runs.kinds import kind_named
 from experiments.runs.ranges import check_numbers
 from fqt_jax.estimators import Estimator, FullBatch, OneDraw
 from fqt_jax.kernels import check_implementation
@@ -34,18 +35,20 @@ class RunConfig:
     """One training run. Where a field is left open, the default of its place holds."""
 
     dataset: str = "digits"
-    """Data set: mnist5k and digits are embedded; cifar10, cifar100, oxford_flowers102,
-    oxford_iiit_pet, cars196, caltech_birds2011 and any other image classification set are read as
-    prepared by tensorflow-datasets; folder and npz are your own images, at data-dir."""
+    """Data set: mnist5k and digits are embedded, and pydoc, which is text; cifar10, cifar100,
+    oxford_flowers102, oxford_iiit_pet, cars196, caltech_birds2011 and any other image
+    classification set are read as prepared by tensorflow-datasets; folder and npz are your own
+    images, at data-dir."""
 
     model: str = "resnet18"
-    """Model: vgg_small, vgg11, vgg13, vgg16, vgg19, resnet18, resnet34, resnet50, mobilenet; or of
+    """Model: vgg_small, vgg11, vgg13, vgg16, vgg19, resnet18, resnet34, resnet50, mobilenet;
+    vit_small, lstm and gru (images as sequences of patches or rows); gpt_small (text); or of
     torchvision's form with ReLU: resnet18_torch, vgg16_torch, vgg16_bn_torch and the like, and
     resnet50_keras."""
     width: float = 0.25
     """Factor on the model's number of channels."""
     stem: Literal["auto", "small", "imagenet"] = "auto"
-    """Stem of a ResNet or MobileNet; auto: imagenet for images of 96 pixels and more."""
+    """Stem of a ResNet, MobileNet or ViT; auto: imagenet for images of 96 pixels and more."""
 
     recipe: str = "fqt1"
     """Recipe: full_precision, qat, psq1, fqt1 or fqt1_plus, or qat_activations, with float weights,
@@ -102,7 +105,7 @@ class RunConfig:
     """Stop when so many epochs in a row bring no better validation accuracy, and go back to the
     best; the default is to train to the end."""
     batch_size: int = 128
-    """Images in a step."""
+    """Images, or sequences of text, in a step."""
     label_smoothing: float = 0.0
     """Label smoothing, in [0, 1)."""
     image_size: int | None = None
@@ -114,7 +117,7 @@ class RunConfig:
     validation_fraction: float = 0.1
     """Part of the training data held out for validation, in (0, 1)."""
     limit: int | None = None
-    """Use at most this many training images."""
+    """Use at most this many training images or sequences."""
     stream: Stream = "auto"
     """Whether images are decoded while it trains, cropped and resized at random; auto: where the
     files of the training images hold more than 2 GiB once they are decoded."""
@@ -163,8 +166,11 @@ class RunConfig:
         if self.model not in MODELS:
             raise UserError(f"unknown model {self.model!r}; known models: {', '.join(MODELS)}.")
         check_numbers(self)
+        kind_named(self.dataset).check(self)
         if self.stem != "auto" and not has_stem(self.model):
-            raise UserError(f"stem has no effect on {self.model}: it is of ResNet and MobileNet.")
+            raise UserError(
+                f"stem has no effect on {self.model}: it is of ResNet, MobileNet and ViT."
+            )
         if self.stream == "yes" and self.pad is not None:
             raise UserError(f"stream has random crops of its own: {NO_PAD}")
         if self.stream == "no" and self.workers is not None:
@@ -181,16 +187,16 @@ class RunConfig:
         if self.diagnose and not self.build_recipe().binary:
             raise UserError(f"diagnose needs a binary recipe; {self.recipe!r} is not.")
 
-    def check_batch(self, images: int) -> None:
-        """Checks that so many training images make a batch.
+    def check_batch(self, samples: int) -> None:
+        """Checks that so many training samples make a batch.
 
         Raises:
           UserError: they do not.
         """
-        if self.batch_size > images:
+        if self.batch_size > samples:
             raise UserError(
-                f"batch_size is {self.batch_size}, but {self.dataset} has only {images} training "
-                "images."
+                f"batch_size is {self.batch_size}, but {self.dataset} has only {samples} training "
+                f"{kind_named(self.dataset).samples}."
             )
 
     def build_recipe(self) -> Recipe:

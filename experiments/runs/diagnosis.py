@@ -12,14 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.data import Dataset
-from experiments.data.augment import normalize
 from experiments.runs.config import RunConfig
+from experiments.runs.kinds import kind_of
 from experiments.show.gradients import plot_time
 from fqt_jax import diagnostics
-from fqt_jax.training import TrainState
+from fqt_jax.diagnostics.taps import seen_layers
+from fqt_jax.training import TrainState, merge_model
 from fqt_jax.tree import leaf_name
 
-_IMAGES = 64
+_SAMPLES = 64
 _PASSES = 8
 
 Signs = dict[str, np.ndarray]
@@ -33,22 +34,21 @@ class Diagnosis:
 
     Args:
       config: the options of the run, whose recipe is binary.
-      dataset: its data; the first training images are the batch.
+      dataset: its data; the first training samples are the batch.
       graphdef, state: its model before training.
     """
 
     def __init__(self, config: RunConfig, dataset: Dataset, graphdef: Any, state: TrainState):
-        images = normalize(
-            jnp.asarray(dataset.train.first(_IMAGES)), mean=dataset.mean, std=dataset.std
-        )
+        inputs = kind_of(dataset).first(dataset, dataset.train, _SAMPLES)
+        seen_layers(merge_model(graphdef, state), inputs)  # raises where it cannot see them all
         self._title = f"{config.dataset}, {config.model} x{config.width:g}, {config.variant}"
         self._warned = False
         self._signs = _signs(state)
         self._diagnose = functools.partial(
             diagnostics.diagnose,
             graphdef,
-            images=images,
-            labels=jnp.asarray(dataset.train.labels[:_IMAGES]),
+            images=inputs,
+            labels=jnp.asarray(dataset.train.labels[:_SAMPLES]),
             key=jax.random.key(config.seed + 1),
             passes=_PASSES,
         )

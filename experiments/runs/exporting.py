@@ -6,15 +6,18 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from PIL import Image
 
 from experiments.cli import UserError
-from experiments.data import Dataset, Streamed
+from experiments.data import Dataset
 from experiments.data.images import to_rgb
 from experiments.data.views import View, central, whole
 from experiments.runs.config import RunConfig
+from experiments.runs.kinds import kind_of
 from experiments.runs.tasks import model_options
 from fqt_jax.convert import quantize
 from fqt_jax.models import create_model
@@ -28,10 +31,7 @@ def description(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
         "model": model_options(config, dataset),
         # How gradients are quantized makes no difference to what is computed.
         "recipe": {name: getattr(recipe, name) for name in ("scale", "clip", "threshold")},
-        "image_size": list(dataset.image_size),
-        "view": "central" if isinstance(dataset.train, Streamed) else "whole",
-        "mean": dataset.mean.tolist(),
-        "std": dataset.std.tolist(),
+        **kind_of(dataset).description(dataset),
         "classes": class_names(dataset),
         "dataset": dataset.name,
     }
@@ -51,13 +51,16 @@ def builder(about: dict[str, Any]) -> Callable[[], Any]:
     """
     try:
         model, recipe = dict(about["model"]), dataclasses.replace(QAT, **about["recipe"])
+        tokens = about.get("tokens")
     except (KeyError, TypeError, ValueError):
         raise UserError(
             "the file does not say which model it is of: it was not written by experiments.export."
         ) from None
 
+    example = None if tokens is None else jax.ShapeDtypeStruct((1, tokens), jnp.uint8)
+
     def build() -> Any:
-        return quantize(create_model(rngs=nnx.Rngs(0), **model), recipe).model
+        return quantize(create_model(rngs=nnx.Rngs(0), **model), recipe, example=example).model
 
     return build
 
@@ -66,8 +69,10 @@ def read_images(paths: list[Any], about: dict[str, Any]) -> np.ndarray:
     """Images as the model takes them, ``float32[N, H, W, C]``.
 
     Raises:
-      UserError: a file is missing, or no image.
+      UserError: a file is missing, or no image; or the model takes none.
     """
+    if "image_size" not in about:
+        raise UserError("the model takes text, and no images.")
     size = tuple(about["image_size"])
     view: View = central if about.get("view") == "central" else whole
     mean, std = (np.asarray(about[name], np.float32) for name in ("mean", "std"))

@@ -13,6 +13,7 @@ from experiments import cli, process
 from experiments.data import Dataset
 from experiments.runs import folders, locks, logs, reporting, runner, tasks
 from experiments.runs.config import RunConfig
+from experiments.runs.kinds import kind_named
 from experiments.runs.pretraining import PretrainConfig, newest_pretraining
 from experiments.runs.saved_config import read_config
 from fqt_jax.checkpoints import latest_checkpoint
@@ -54,6 +55,12 @@ class FinetuneConfig(RunConfig):
         starts = (self.checkpoint is not None, self.weights is not None, self.from_scratch)
         if sum(starts) > 1:
             raise cli.UserError("give only one of checkpoint, weights and from-scratch.")
+        kind = kind_named(self.dataset)
+        if not kind.pretrains and (self.weights is not None or not sum(starts)):
+            raise cli.UserError(
+                f"{self.dataset} has {kind.samples}, and the pretraining and weights of others are "
+                "of images: give a --checkpoint, or --from-scratch."
+            )
         if self.pretrain_epochs is not None:
             if sum(starts):
                 raise cli.UserError(f"pretrain_epochs has no effect: {_NO_PRETRAINING}.")

@@ -11,7 +11,8 @@ from flax import nnx
 from experiments.data import Dataset, epoch_order
 from experiments.runs.batches import on_device
 from experiments.runs.config import RunConfig
-from experiments.runs.steps import METRICS, build_train_step
+from experiments.runs.kinds import kind_of
+from experiments.runs.steps import build_train_step
 from fqt_jax.training import TrainState, create_state, reset_metrics
 
 
@@ -27,9 +28,9 @@ def plain_epochs(
     steps = len(dataset.train) // config.batch_size
     params = nnx.state(model, nnx.Param)
     optimizer = config.build_optimizer().build(params, steps * config.epochs)
-    graphdef, state = create_state(model, optimizer, METRICS)
+    graphdef, state = create_state(model, optimizer, kind_of(dataset).metrics)
     step = build_train_step(config, dataset, graphdef, optimizer)
-    data, labels = on_device(dataset.train), dataset.train.labels
+    data, labels = on_device(dataset, dataset.train), dataset.train.labels
     key = jax.random.key(config.seed)
     yield 0, graphdef, state
     for epoch in range(config.epochs):

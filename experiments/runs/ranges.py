@@ -60,6 +60,4 @@ def check_numbers(config: RunConfig) -> None:
                 f"after warm-up; got {config.cosine_epochs}."
             )
     if config.limit is not None and config.batch_size > config.limit:
-        raise UserError(
-            f"batch_size is {config.batch_size}, but limit leaves only {config.limit} images."
-        )
+        raise UserError(f"batch_size is {config.batch_size}, but limit leaves only {config.limit}.")

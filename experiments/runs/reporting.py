@@ -19,8 +19,8 @@ from fqt_jax.text import format_table
 class Progress:
     """A plain line at the end of each epoch, and on a terminal a progress bar below them."""
 
-    def __init__(self, total_steps: int):
-        self._total = total_steps
+    def __init__(self, total_steps: int, samples: str = "images"):
+        self._total, self._samples = total_steps, samples
         self._rate = _Rate()
         self._seconds = self._waited = 0.0  # of all epochs
         self._bar: rich.progress.Progress | None = None
@@ -32,7 +32,7 @@ class Progress:
                 rich.progress.MofNCompleteColumn(),
                 rich.progress.TextColumn(
                     "loss {task.fields[loss]:.3f}  accuracy {task.fields[accuracy]}  "
-                    "{task.fields[rate]} images/s"
+                    f"{{task.fields[rate]}} {samples}/s"
                 ),
                 rich.progress.TimeRemainingColumn(),
             )
@@ -89,9 +89,16 @@ class Progress:
             f"epoch {line['epoch']}/{epochs}: loss {line['train_loss']:.4f}, "
             f"training accuracy {line['train_accuracy']:.1%}, "
             f"validation accuracy {line['validation_accuracy']:.1%}, "
-            f"{self._rate} images/s, {self._rate.wait_fraction:.0%} waiting for them",
+            f"{_bits(line, 'validation')}{self._rate} {self._samples}/s, "
+            f"{self._rate.wait_fraction:.0%} waiting for them",
             flush=True,
         )
+
+
+def _bits(line: dict[str, Any], part: str) -> str:
+    """Bits per character, of text alone."""
+    bits = line.get(f"{part}_bits")
+    return "" if bits is None else f"{bits:.3f} bits per character, "
 
 
 class _Rate:
@@ -132,7 +139,10 @@ def print_summary(summary: dict[str, Any], folder: pathlib.Path) -> None:
         found["tested"] = f"epoch {summary['tested_epoch']}, the best by validation accuracy"
     found["parameters"] = f"{summary['parameters']:,}"
     found["validation accuracy"] = f"{summary['validation_accuracy']:.2%}"
-    found["test accuracy"] = f"{summary['test_accuracy']:.2%} of {summary['test_images']} images"
+    samples = f"{summary['test_images']} {summary.get('samples', 'images')}"
+    found["test accuracy"] = f"{summary['test_accuracy']:.2%} of {samples}"
+    if "test_bits" in summary:
+        found["test, bits per character"] = f"{summary['test_bits']:.3f}"
     found["seconds"] = summary["seconds"]
     rows = [[name, str(value)] for name, value in found.items()]
     print(format_table([summary["experiment"], str(folder)], rows, names=2))

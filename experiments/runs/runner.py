@@ -29,18 +29,17 @@ from experiments.runs.config import RunConfig
 from experiments.runs.diagnosis import Diagnosis
 from experiments.runs.divergence import origin
 from experiments.runs.folders import write_json, write_text
+from experiments.runs.kinds import kind_of
 from experiments.runs.logs import Log, NoLog, open_log
 from experiments.runs.steps import (
-    METRICS,
     Step,
     build_eval_step,
     build_train_step,
     evaluate,
-    training_images,
 )
 from experiments.runs.stopping import best_epoch, reason_to_stop
 from experiments.runs.summaries import read_summary, summarize
-from experiments.runs.tasks import Task, augmentation, resolved
+from experiments.runs.tasks import Task, resolved
 from fqt_jax.averaging import averaged_parameters
 from fqt_jax.batches import take
 from fqt_jax.checkpoints import nonfinite_arrays, read_metadata, restore_checkpoint
@@ -103,7 +102,7 @@ def train(
     Raises:
       Interrupted: a signal stopped the run; its state is saved.
       Diverged: the loss, or a part of the state, is not a finite number any more.
-      UserError: there are fewer images than one batch; or the folder has no checkpoint that is
+      UserError: there are fewer samples than one batch; or the folder has no checkpoint that is
         whole although one was saved, or a damaged summary.
       CheckpointError: a checkpoint cannot be saved, or is of another model.
       OSError: another file cannot be written.
@@ -122,8 +121,7 @@ def train(
 def _steps(config: RunConfig, task: Task, graphdef: Any, total_steps: int) -> Steps:
     dataset = task.dataset
     optimizer = config.build_optimizer().build(nnx.state(task.model, nnx.Param), total_steps)
-    flip, pad = augmentation(config, dataset)
-    train_step = build_train_step(config, dataset, graphdef, optimizer, flip=flip, pad=pad)
+    train_step = build_train_step(config, dataset, graphdef, optimizer, augments=True)
     return Steps(optimizer, train_step, build_eval_step(dataset, graphdef))
 
 
@@ -140,11 +138,8 @@ class _Run:
         self.config, self.task, self.folder, self.kind = config, task, folder, kind
         self.save_seconds = save_seconds
         dataset = task.dataset
-        if config.batch_size > len(dataset.train):
-            raise UserError(
-                f"batch_size is {config.batch_size}, but {config.dataset} has only "
-                f"{len(dataset.train)} training images."
-            )
+        self.of = kind_of(dataset)
+        config.check_batch(len(dataset.train))
         self.steps_per_epoch = len(dataset.train) // config.batch_size
         self.total_steps = self.steps_per_epoch * config.epochs
         graphdef = nnx.graphdef(task.model)
@@ -165,7 +160,7 @@ class _Run:
         self.diagnosis = Diagnosis(config, dataset, graphdef, state) if config.diagnose else None
 
     def _beginning(self) -> TrainState:
-        _, state = create_state(self.task.model, self.steps.optimizer, METRICS)
+        _, state = create_state(self.task.model, self.steps.optimizer, self.of.metrics)
         opt_state = self.config.build_optimizer().set_rates(state.opt_state)
         return dataclasses.replace(state, opt_state=opt_state)
 
@@ -181,7 +176,7 @@ class _Run:
         write_json(self.folder / "resolved.json", resolved(self.config, self.task.dataset))
         began = time.perf_counter()
         with contextlib.closing(batches(self.config, self.task.dataset)) as made:
-            with StopOnSignal() as stop, reporting.Progress(self.total_steps) as progress:
+            with StopOnSignal() as stop, self._progress() as progress:
                 first = int(self.state.step) // self.steps_per_epoch
                 for epoch in range(first, self.config.epochs):
                     if reason_to_stop(self.history, self.config.patience):
@@ -213,10 +208,13 @@ class _Run:
             seconds=time.perf_counter() - began,
         )
         write_json(summary_path, summary)
-        told = {name: summary[name] for name in ("test_loss", "test_accuracy")}
+        told = {f"test_{name}": value for name, value in test.items()}
         self.log.write({"step": steps, **told})
         reporting.plot_curves(self.history, summary, self.folder / "curves.png")
         return summary
+
+    def _progress(self) -> reporting.Progress:
+        return reporting.Progress(self.total_steps, self.of.samples)
 
     def _steps_told(self) -> int:
         """The steps of the epochs that are in the history."""
@@ -283,13 +281,12 @@ class _Run:
         line: dict[str, Any] = {
             "epoch": epoch + 1,
             "step": int(self.state.step),
-            "train_loss": trained["loss"],
-            "train_accuracy": trained["accuracy"],
-            "validation_loss": held_out["loss"],
-            "validation_accuracy": held_out["accuracy"],
+            **{f"train_{name}": value for name, value in trained.items()},
+            **{f"validation_{name}": value for name, value in held_out.items()},
         }
         if self.config.test_each_epoch:
-            line["test_accuracy"] = self._evaluate(made, "test", epoch)["accuracy"]
+            found = self._evaluate(made, "test", epoch)
+            line |= {f"test_{name}": found[name] for name in self.of.metrics}
         if self.diagnosis:
             line["diagnosis"] = self.diagnosis.after_epoch(self.state)
         self.history.append(line)
@@ -358,10 +355,10 @@ class _Run:
         given = next(steps)
         # The data and which of them, or the images themselves.
         batch = take(*given) if len(given) == 2 else given[0]
-        flip, pad = augmentation(self.config, self.task.dataset)
-        preprocess = training_images(self.task.dataset, flip=flip, pad=pad)
-        images = preprocess(batch, jax.random.fold_in(self.key, step - 1))["image"]
-        return f": {origin(self.graphdef, state, images)}"
+        preprocess = self.of.training(self.config, self.task.dataset)
+        if preprocess is not None:
+            batch = preprocess(batch, jax.random.fold_in(self.key, step - 1))
+        return f": {origin(self.graphdef, state, batch[self.of.inputs])}"
 
     def _diverged(self, what: str, epoch: int) -> Diverged:
         whole, _ = self.checkpoints.newest()

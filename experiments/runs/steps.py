@@ -1,4 +1,4 @@
-"""The compiled steps of a run: classification of images, on the device or streamed to it."""
+"""The compiled steps of a run, on data on the device or streamed to it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import jax
 import optax
 
 from experiments.data import Dataset, Streamed
-from experiments.data.augment import augment, normalize
-from experiments.runs.batches import Data
 from experiments.runs.config import RunConfig
+from experiments.runs.kinds import Preprocess, kind_of
 from fqt_jax.training import (
     CrossEntropy,
     TrainState,
@@ -25,9 +24,6 @@ Step = Callable[..., Any]
 
 _IN_FLIGHT = 8
 
-METRICS = ("accuracy",)
-"""What the steps sum besides the loss."""
-
 
 def build_train_step(
     config: RunConfig,
@@ -35,8 +31,7 @@ def build_train_step(
     graphdef: Any,
     optimizer: optax.GradientTransformation,
     *,
-    flip: bool = False,
-    pad: int = 0,
+    augments: bool = False,
 ) -> Step:
     """The training step of a run: ``step(state, *batch, key) -> (state, loss)``.
 
@@ -44,48 +39,43 @@ def build_train_step(
     that is held on the device, or the images themselves.
 
     Args:
-      config: decides label smoothing and the estimator.
+      config: decides label smoothing, augmentation and the estimator.
       dataset: its statistics normalize images.
       graphdef: structure of the model.
       optimizer: the optimizer.
-      flip, pad: of :func:`experiments.data.augment.augment`; a stream has its own augmentation.
+      augments: whether images are augmented; a stream has its own augmentation.
     """
-    loss = CrossEntropy(dataset.num_classes, config.label_smoothing)
+    kind, loss = kind_of(dataset), CrossEntropy(dataset.num_classes, config.label_smoothing)
     step = make_train_step(
         graphdef,
         optimizer,
         loss=loss,
         estimator=config.build_estimator(),
-        metrics={"accuracy": loss.accuracy},
-        preprocess=training_images(dataset, flip=flip, pad=pad),
+        metrics=kind.metrics_of(loss),
+        preprocess=kind.training(config, dataset) if augments else _without_key(dataset),
     )
     return step if isinstance(dataset.train, Streamed) else gather_on_device(step)
 
 
-def training_images(dataset: Dataset, *, flip: bool, pad: int) -> Callable[[Data, jax.Array], Data]:
-    """``(batch, key) -> batch``: what a training step does to images before the model."""
-
-    def preprocess(batch: Data, key: jax.Array) -> Data:
-        images = augment(batch["image"], key, flip=flip, pad=pad)
-        return batch | {"image": normalize(images, dataset.mean, dataset.std)}
-
-    return preprocess
+def _without_key(dataset: Dataset) -> Preprocess | None:
+    preprocess = kind_of(dataset).evaluation(dataset)
+    return None if preprocess is None else lambda batch, key: preprocess(batch)
 
 
 def build_eval_step(dataset: Dataset, graphdef: Any) -> Step:
     """The evaluation step, without label smoothing: ``step(state, sums, *batch) -> sums``."""
-    loss = CrossEntropy(dataset.num_classes)
-
-    def preprocess(batch: Data) -> Data:
-        return batch | {"image": normalize(batch["image"], dataset.mean, dataset.std)}
-
-    metrics = {"accuracy": loss.accuracy}
-    step = make_eval_step(graphdef, loss=loss, metrics=metrics, preprocess=preprocess)
+    kind, loss = kind_of(dataset), CrossEntropy(dataset.num_classes)
+    step = make_eval_step(
+        graphdef,
+        loss=loss,
+        metrics=kind.metrics_of(loss),
+        preprocess=kind.evaluation(dataset),
+    )
     return step if isinstance(dataset.train, Streamed) else gather_on_device(step)
 
 
 def evaluate(step: Step, state: TrainState, batches: Iterable[tuple[Any, ...]]) -> dict[str, float]:
-    """Mean loss and accuracy over batches of one size."""
+    """Mean loss and metrics over batches of one size."""
     sums = None
     for number, batch in enumerate(batches):
         sums = step(state, sums, *batch)

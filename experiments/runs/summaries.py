@@ -11,6 +11,7 @@ import jax
 
 from experiments.cli import UserError
 from experiments.runs.config import RunConfig
+from experiments.runs.kinds import kind_of
 from experiments.runs.tasks import Task, resolved
 
 
@@ -41,7 +42,7 @@ def summarize(
       chosen: the line of ``metrics.jsonl`` of the epoch that was tested: the last one, or with
         ``patience`` the best.
       stopped: why it stopped before its last epoch, if it did.
-      test: loss and accuracy on the test split.
+      test: loss and metrics on the test split.
       step_seconds: how long its steps took each.
       wait_fraction: the share of the time of training in which the device had no batch.
       seconds: how long all of it took.
@@ -67,11 +68,10 @@ def summarize(
         "steps": steps,
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
         "train_loss": chosen["train_loss"],
-        "validation_loss": chosen["validation_loss"],
-        "validation_accuracy": chosen["validation_accuracy"],
-        "test_loss": test["loss"],
-        "test_accuracy": test["accuracy"],
+        **{f"validation_{name}": chosen[f"validation_{name}"] for name in test},
+        **{f"test_{name}": value for name, value in test.items()},
         "test_images": len(task.dataset.test),
+        "samples": kind_of(task.dataset).samples,
         "step_ms": _median_ms(step_seconds),
         "wait_fraction": round(wait_fraction, 4),
         "seconds": round(seconds, 1),

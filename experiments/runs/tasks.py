@@ -11,8 +11,8 @@ from flax import nnx
 
 from experiments.cli import UserError
 from experiments.data import DataError, Dataset, Streamed, load
-from experiments.data.augment import normalize
 from experiments.runs.config import NO_PAD, NO_WORKERS, RunConfig
+from experiments.runs.kinds import kind_named, kind_of
 from fqt_jax.calibration import calibrate
 from fqt_jax.checkpoints import load_parameters
 from fqt_jax.convert import ConversionTable, quantize
@@ -22,7 +22,7 @@ from fqt_jax.weights import load as load_weights
 from fqt_jax.weights import statistics
 
 _CALIBRATED = 256
-"""Training images that thresholds start from."""
+"""Training examples that thresholds start from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,18 +57,20 @@ def check_freeze(config: RunConfig) -> None:
     config.build_optimizer().labels(nnx.state(model, nnx.Param))
 
 
-def load_dataset(config: RunConfig, *, can_stream: bool = True) -> Dataset:
+def load_dataset(config: RunConfig, *, any_data: bool = True) -> Dataset:
     """The run's data set, held in memory or streamed.
 
     Args:
       config: the options.
-      can_stream: whether the experiment takes data that are streamed.
+      any_data: whether the experiment takes data of all kinds, and not images in memory alone.
 
     Raises:
       DataError: the data are missing or damaged.
       UserError: an option would have no effect, as the data are streamed, or as they are not.
     """
-    if not can_stream and (config.stream != "auto" or config.workers is not None):
+    if not any_data and kind_named(config.dataset).samples != "images":
+        raise UserError(f"{config.dataset} is text: this experiment takes images.")
+    if not any_data and (config.stream != "auto" or config.workers is not None):
         raise UserError("stream and workers have no effect here: all images are held in memory.")
     dataset = load(
         config.dataset,
@@ -76,7 +78,7 @@ def load_dataset(config: RunConfig, *, can_stream: bool = True) -> Dataset:
         validation_fraction=config.validation_fraction,
         data_dir=config.data_dir,
         limit=config.limit,
-        stream=config.stream if can_stream else "no",
+        stream=config.stream if any_data else "no",
     )
     streams = isinstance(dataset.train, Streamed)
     if streams and config.pad is not None:
@@ -112,7 +114,7 @@ def build_task(
     """
     # Before the model, whose making takes seconds.
     check_implementation(config.implementation)
-    recipe = config.build_recipe()
+    recipe, kind = config.build_recipe(), kind_of(dataset)
     float_model = create_model(**model_options(config, dataset), rngs=nnx.Rngs(config.seed))
     start = "random values"
     if weights is not None:
@@ -125,61 +127,30 @@ def build_task(
         float_model,
         recipe,
         implementation=config.implementation,
+        example=kind.example(dataset),
         rngs=nnx.Rngs(config.seed + 1),
     )
     if checkpoint is not None:  # into the quantized model: it may hold learned scales
         fresh = load_parameters(checkpoint, model, new_head="head")
         start = f"{checkpoint}" + (" with a new head" if fresh else "")
     if recipe.threshold != "zero":
-        images = normalize(dataset.train.first(_CALIBRATED), dataset.mean, dataset.std)
-        calibrate(model, images)
+        calibrate(model, kind.first(dataset, dataset.train, _CALIBRATED))
     return Task(dataset, model, table, start)
 
 
 def model_options(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
     """What :func:`fqt_jax.models.create_model` builds a run's model from."""
-    stem = config.stem
-    if stem == "auto":
-        stem = "imagenet" if min(dataset.image_size) >= 96 else "small"
     return {
         "name": config.model,
         "num_classes": dataset.num_classes,
-        "in_features": dataset.channels,
         "width": config.width,
-        "stem": stem,
+        **kind_of(dataset).model_options(config, dataset),
     }
 
 
 def resolved(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
     """What the options that were left open became."""
-    height, width = dataset.image_size
-    streamed = isinstance(dataset.train, Streamed)
-    return {
-        **config.filled_in(),
-        "image_size": height if height == width else [height, width],
-        "stem": model_options(config, dataset)["stem"] if has_stem(config.model) else config.stem,
-        "stream": "yes" if streamed else "no",
-        "flip": flips(config, dataset),
-        "pad": None if streamed else augmentation(config, dataset)[1],
-    }
-
-
-def flips(config: RunConfig, dataset: Dataset) -> bool:
-    """Whether to mirror training images: what was asked, or what suits the data."""
-    return not _is_text(dataset) if config.flip is None else config.flip
-
-
-def augmentation(config: RunConfig, dataset: Dataset) -> tuple[bool, int]:
-    """Whether the step mirrors images, and by how much it pads and crops them.
-
-    Neither where they are streamed: what makes a stream does that.
-    """
-    if isinstance(dataset.train, Streamed):
-        return False, 0
-    if config.pad is not None:
-        return flips(config, dataset), config.pad
-    return flips(config, dataset), 0 if _is_text(dataset) else min(dataset.image_size) // 8
-
-
-def _is_text(dataset: Dataset) -> bool:
-    return dataset.name in ("digits", "mnist5k")
+    found = {**config.filled_in(), **kind_of(dataset).resolved(config, dataset)}
+    if has_stem(config.model):
+        found["stem"] = model_options(config, dataset)["stem"]
+    return found

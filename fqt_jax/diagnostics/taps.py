@@ -37,6 +37,8 @@ class LayerShape:
       input, output: ``(N, H, W, C)``; height and width of a dense layer are one.
       terms: how many products each entry of the output sums.
       window: of the product; ``None`` for a layer that cannot be quantized.
+      is_inside: whether the model calls it inside of a loop, such as ``nnx.scan``, or another
+        transformation; then it is listed once, with the shapes of one step.
     """
 
     path: str
@@ -46,6 +48,7 @@ class LayerShape:
     output: tuple[int, int, int, int]
     terms: int
     window: Window | None
+    is_inside: bool = False
 
     @property
     def products(self) -> int:
@@ -135,11 +138,39 @@ def layer_shapes(model: nnx.Module, x: jax.Array | jax.ShapeDtypeStruct) -> list
         found.append(LayerShape.of(path, layer, x, y))
         return y
 
+    def inside(path: str, layer: Any, x: jax.Array, call: Call) -> jax.Array:
+        y = call()
+        shape = dataclasses.replace(LayerShape.of(path, layer, x, y), is_inside=True)
+        if shape not in found:  # a loop may be traced several times
+            found.append(shape)
+        return y
+
     def run(state: Any, x: jax.Array) -> jax.Array:
-        return tapped(nnx.merge(graphdef, state, copy=True), observe)(x)
+        return tapped(nnx.merge(graphdef, state, copy=True), observe, inside)(x)
 
     jax.eval_shape(run, state, x)
     return found
+
+
+def seen_layers(model: nnx.Module, x: jax.Array | jax.ShapeDtypeStruct) -> list[LayerShape]:
+    """The quantized layers, where :func:`layer_gradients` can see the gradients of all of them.
+
+    Raises:
+      ValueError: there is none, one is called more than once, or inside of a loop.
+    """
+    shapes = [shape for shape in layer_shapes(model, x) if shape.recipe.binary]
+    paths = [shape.path for shape in shapes]
+    if not paths:
+        raise ValueError(f"{type(model).__name__} has no quantized layer: see fqt_jax.quantize.")
+    repeated = sorted({path for path in paths if paths.count(path) > 1})
+    if repeated:
+        raise ValueError(f"layers that are called more than once: {', '.join(repeated)}.")
+    inside = [shape.path for shape in shapes if shape.is_inside]
+    if inside:
+        raise ValueError(
+            f"layers whose gradients cannot be seen, inside of a loop: {', '.join(inside)}."
+        )
+    return shapes
 
 
 def layer_gradients(
@@ -170,8 +201,8 @@ def layer_gradients(
       The gradients by the layers' paths, in the order in which the layers are called.
 
     Raises:
-      ValueError: the model has no quantized layer, a quantized layer is called more than once, or
-        ``passes`` is not positive.
+      ValueError: the model has no quantized layer, a quantized layer is called more than once or
+        inside of a loop, or ``passes`` is not positive.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -186,13 +217,7 @@ def layer_gradients(
     """
     if passes < 1:
         raise ValueError(f"passes must be at least 1; got {passes}.")
-    shapes = [shape for shape in layer_shapes(model, x) if shape.recipe.binary]
-    paths = [shape.path for shape in shapes]
-    if not paths:
-        raise ValueError(f"{type(model).__name__} has no quantized layer: see fqt_jax.quantize.")
-    repeated = sorted({path for path in paths if paths.count(path) > 1})
-    if repeated:
-        raise ValueError(f"layers that are called more than once: {', '.join(repeated)}.")
+    shapes = seen_layers(model, x)
     graphdef, params, others = nnx.split(model, nnx.Param, ...)
     keys = jax.random.split(key, passes)
     results = _backward(graphdef, params, others, x, labels, keys, losses_of)

@@ -1,4 +1,7 @@
-"""Ordinary NNX models, NHWC, that know nothing of quantization; see :func:`fqt_jax.quantize`."""
+"""Ordinary NNX models that know nothing of quantization; see :func:`fqt_jax.quantize`.
+
+They take images, NHWC, but for those of :data:`TOKEN_MODELS`, which take tokens.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,12 @@ from typing import Any
 
 from flax import nnx
 
+from fqt_jax.models.gpt import GPT as GPT
+from fqt_jax.models.gpt import GPTSmall as GPTSmall
 from fqt_jax.models.mobilenet import MobileNet as MobileNet
+from fqt_jax.models.recurrent import GRU as GRU
+from fqt_jax.models.recurrent import LSTM as LSTM
+from fqt_jax.models.recurrent import RecurrentNet as RecurrentNet
 from fqt_jax.models.resnet import ResNet as ResNet
 from fqt_jax.models.resnet import ResNet18 as ResNet18
 from fqt_jax.models.resnet import ResNet34 as ResNet34
@@ -22,6 +30,18 @@ from fqt_jax.models.vgg import VGG13 as VGG13
 from fqt_jax.models.vgg import VGG16 as VGG16
 from fqt_jax.models.vgg import VGG19 as VGG19
 from fqt_jax.models.vgg import VGGSmall as VGGSmall
+from fqt_jax.models.vit import VisionTransformer as VisionTransformer
+from fqt_jax.models.vit import ViTSmall as ViTSmall
+
+TOKEN_MODELS: dict[str, Callable[..., Any]] = {"gpt_small": GPTSmall}
+"""The models that take tokens and predict the next one, by name."""
+
+IMAGE_SEQUENCE_MODELS: dict[str, Callable[..., Any]] = {
+    "vit_small": ViTSmall,
+    "lstm": LSTM,
+    "gru": GRU,
+}
+"""The models that read images of one size as sequences of patches or rows, by name."""
 
 MODELS: dict[str, Callable[..., Any]] = {
     "vgg_small": VGGSmall,
@@ -33,6 +53,8 @@ MODELS: dict[str, Callable[..., Any]] = {
     "resnet34": ResNet34,
     "resnet50": ResNet50,
     "mobilenet": MobileNet,
+    **IMAGE_SEQUENCE_MODELS,
+    **TOKEN_MODELS,
     **TORCH_MODELS,
     **KERAS_MODELS,
 }
@@ -46,7 +68,8 @@ def has_stem(name: str) -> bool:
       >>> has_stem("resnet18"), has_stem("vgg11"), has_stem("resnet50_torch")
       (True, False, False)
     """
-    return name.startswith(("resnet", "mobilenet")) and name not in TORCH_MODELS | KERAS_MODELS
+    has_form = name.startswith(("resnet", "mobilenet", "vit"))
+    return has_form and name not in TORCH_MODELS | KERAS_MODELS
 
 
 def create_model(
@@ -54,6 +77,7 @@ def create_model(
     *,
     num_classes: int,
     in_features: int = 3,
+    image_size: tuple[int, int] = (32, 32),
     width: float = 1.0,
     stem: str = "small",
     rngs: nnx.Rngs,
@@ -64,10 +88,13 @@ def create_model(
       name: one of :data:`MODELS`.
       num_classes: size of the output.
       in_features: channels of the images.
+      image_size: height and width of the images.
       width: factor on the number of channels.
-      stem: of a ResNet or MobileNet, ``"small"`` or ``"imagenet"``; ignored by models that have
-        one form.
+      stem: ``"small"`` or ``"imagenet"``.
       rngs: the stream ``params``.
+
+    Models take what they have: one that takes images of any size has no ``image_size``, one that
+    has one form no ``stem``, one of tokens no ``in_features``.
 
     Raises:
       ValueError: the name is unknown, or a size is out of range.
@@ -82,6 +109,8 @@ def create_model(
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; known models: {', '.join(MODELS)}.")
     options: dict[str, Any] = {"stem": stem} if has_stem(name) else {}
-    return MODELS[name](
-        num_classes=num_classes, in_features=in_features, width=width, rngs=rngs, **options
-    )
+    if name in IMAGE_SEQUENCE_MODELS:
+        options["image_size"] = image_size
+    if name not in TOKEN_MODELS:
+        options["in_features"] = in_features
+    return MODELS[name](num_classes=num_classes, width=width, rngs=rngs, **options)

@@ -28,8 +28,8 @@ from flax import nnx
 
 from experiments.finetune import FinetuneConfig
 from experiments.runs import tasks
+from experiments.runs.kinds import Images
 from experiments.runs.saved_config import read_config
-from experiments.runs.steps import METRICS
 from fqt_jax.checkpoints import latest_checkpoint, read_metadata, restore_checkpoint
 from fqt_jax.training import TrainState, create_state
 
@@ -176,7 +176,7 @@ def _template(run: pathlib.Path) -> TrainState:
     config = read_config(FinetuneConfig(), run)
     model = tasks.build_task(config, tasks.load_dataset(config), None).model
     optimizer = config.build_optimizer().build(nnx.state(model, nnx.Param), total_steps=1)
-    return create_state(model, optimizer, METRICS)[1]
+    return create_state(model, optimizer, Images.metrics)[1]
 
 
 def main(kills: int = 50, seed: int = 0) -> None:

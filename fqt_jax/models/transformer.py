@@ -1,0 +1,101 @@
+"""Blocks of a Transformer that suit binary products (after Vaswani et al., arXiv 1706.03762)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+HEAD_FEATURES = 32
+"""The most features of an attention head."""
+
+
+class Block(nnx.Module):
+    """Attention and a feed-forward layer, each with a norm in front and a shortcut past it.
+
+    Each of the four products sees normalized input, which centres its signs: those of queries,
+    keys and values, and the first of the feed-forward layer, as in any block with norms in front;
+    the attention's output and the feed-forward layer's second by norms of their own.
+
+    Args:
+      features: width, an even number; heads have at most 32 each.
+      causal: whether a position sees only those before it and itself.
+      rotary: whether queries and keys are turned by their position
+        (RoPE, arXiv 2104.09864).
+      rngs: the stream ``params``.
+    """
+
+    def __init__(
+        self, features: int, *, causal: bool = False, rotary: bool = False, rngs: nnx.Rngs
+    ):
+        self.attention_norm = nnx.LayerNorm(features, rngs=rngs)
+        self.attention = Attention(features, causal=causal, rotary=rotary, rngs=rngs)
+        self.up_norm = nnx.LayerNorm(features, rngs=rngs)
+        self.up = nnx.Linear(features, 4 * features, rngs=rngs)
+        self.act = nnx.PReLU(0.25)
+        self.down_norm = nnx.LayerNorm(4 * features, rngs=rngs)
+        self.down = nnx.Linear(4 * features, features, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps ``[N, T, C]`` to ``[N, T, C]``."""
+        x = x + self.attention(self.attention_norm(x))
+        hidden = self.act(self.up(self.up_norm(x)))
+        return x + self.down(self.down_norm(hidden))
+
+
+class Attention(nnx.Module):
+    """Self-attention of several heads; what they give is normalized before the output product.
+
+    Args:
+      features, causal, rotary, rngs: as for :class:`Block`.
+
+    Raises:
+      ValueError: the number of features is odd.
+    """
+
+    def __init__(
+        self, features: int, *, causal: bool = False, rotary: bool = False, rngs: nnx.Rngs
+    ):
+        if features % 2:
+            raise ValueError(f"the features of a block must be even; got {features}.")
+        self.heads = next(
+            n
+            for n in range(-(-features // HEAD_FEATURES), features)
+            if features % (2 * n) == 0  # an even number of features each
+        )
+        self.causal, self.rotary = causal, rotary
+        self.qkv = nnx.Linear(features, 3 * features, rngs=rngs)
+        self.norm = nnx.LayerNorm(features, rngs=rngs)
+        self.out = nnx.Linear(features, features, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps ``[N, T, C]`` to ``[N, T, C]``."""
+        n, length, features = x.shape
+        heads = self.qkv(x).reshape(n, length, 3, self.heads, features // self.heads)
+        q, k, v = heads[:, :, 0], heads[:, :, 1], heads[:, :, 2]
+        if self.rotary:
+            q, k = turned(q), turned(k)
+        y = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.out(self.norm(y.reshape(x.shape)))
+
+
+def turned(x: jax.Array) -> jax.Array:
+    r"""Rotary positions: the pair ``(i, i + D/2)`` of position ``t`` is turned by an angle.
+
+    .. math:: t \cdot 10000^{-2i/D}
+
+    Args:
+      x: ``[N, T, heads, D]``, with even ``D``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> x = jnp.broadcast_to(jnp.array([1.0, 0.0]), (1, 2, 1, 2))
+      >>> [f"{a:.3f}" for a in turned(x)[0, 1, 0]]  # by one radian
+      ['0.540', '0.841']
+    """
+    half = x.shape[-1] // 2
+    rates = jnp.power(10000.0, -jnp.arange(half, dtype=jnp.float32) / half)
+    angles = jnp.outer(jnp.arange(x.shape[1], dtype=jnp.float32), rates)[None, :, None, :]
+    cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
+    first, second = x[..., :half], x[..., half:]
+    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
