@@ -8,6 +8,7 @@ import re
 import shutil
 from typing import Any
 
+from experiments.cli import UserError
 from fqt_jax.checkpoints import (
     CheckpointError,
     list_checkpoints,
@@ -86,3 +87,29 @@ def _remove(path: pathlib.Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
         path.rename(doomed)
     shutil.rmtree(doomed)
+
+
+def check_nothing_is_lost(run: pathlib.Path, wrong: list[str], *, epochs_are_saved: bool) -> None:
+    """Refuses to start a run again where something was saved that is not there any more.
+
+    Args:
+      run: its folder, with no checkpoint that is whole.
+      wrong: what is said of those that are damaged.
+      epochs_are_saved: whether each epoch leaves a checkpoint.
+
+    Raises:
+      UserError: there was a checkpoint.
+    """
+    folder, metrics = run / "checkpoints", run / "metrics.jsonl"
+    if wrong:
+        reasons = "; ".join(message.rstrip(".") for message in wrong)
+        lost = f"none of its checkpoints can be read: {reasons}."
+    elif metrics.exists() and epochs_are_saved:
+        epochs = metrics.read_bytes().count(b"\n")
+        lost = f"it was trained for {epochs} epochs, but {folder} has no checkpoint."
+    else:
+        return
+    raise UserError(
+        f"cannot resume {run}: {lost} Put a checkpoint back there, or begin again in another "
+        "folder."
+    )

@@ -24,7 +24,7 @@ from experiments.data.schedule import Part
 from experiments.process import Interrupted, StopOnSignal
 from experiments.runs import reporting
 from experiments.runs.batches import Batches, batches
-from experiments.runs.checkpoints import RunCheckpoints
+from experiments.runs.checkpoints import RunCheckpoints, check_nothing_is_lost
 from experiments.runs.config import RunConfig
 from experiments.runs.diagnosis import Diagnosis
 from experiments.runs.divergence import origin
@@ -378,7 +378,8 @@ class _Run:
     def _restore(self) -> None:
         path, wrong = self.checkpoints.newest()
         if path is None:
-            self._check_nothing_is_lost(wrong)
+            epochs_are_saved = not self.save_seconds
+            check_nothing_is_lost(self.folder, wrong, epochs_are_saved=epochs_are_saved)
             print(f"starting {self.folder} at step 0 of {self.total_steps}")
             return
         for message in wrong:
@@ -392,22 +393,6 @@ class _Run:
         self._write_metrics()
         step = int(self.state.step)
         print(f"resuming {self.folder} from {path.name}, after step {step} of {self.total_steps}")
-
-    def _check_nothing_is_lost(self, wrong: list[str]) -> None:
-        """Refuses to start again where something was saved that is not there any more."""
-        folder, metrics = self.checkpoints.folder, self.folder / "metrics.jsonl"
-        if wrong:
-            reasons = "; ".join(message.rstrip(".") for message in wrong)
-            lost = f"none of its checkpoints can be read: {reasons}."
-        elif metrics.exists() and not self.save_seconds:
-            epochs = metrics.read_bytes().count(b"\n")
-            lost = f"it was trained for {epochs} epochs, but {folder} has no checkpoint."
-        else:
-            return
-        raise UserError(
-            f"cannot resume {self.folder}: {lost} Put a checkpoint back there, or begin again in "
-            "another folder."
-        )
 
     def _how_to_resume(self) -> str:
         return (
