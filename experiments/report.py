@@ -92,6 +92,10 @@ def _results(task: str, groups: Sequence[Group]) -> Table:
             ]
         )
     columns = ["recipe", "n", "test %", "validation %", "gradient bits", "step ms", "run s"]
+    if any("test_bits" in run.summary for own in groups for run in own.ended if run.summary):
+        columns.insert(2, "test bits/character")
+        for row, own in zip(rows, groups, strict=True):
+            row.insert(2, f"{own.estimate('test_bits').mean:.3f}" if own.ended else "-")
     notes = [
         "Gradient bits: an entry, on average. The time of a step is the median of its run; that of "
         "a run is longer where it compiled the steps for others."

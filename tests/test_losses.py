@@ -52,6 +52,25 @@ def test_labels_are_where_they_are_said_to_be():
         CrossEntropy(4).check({"label": jnp.array([9])})
 
 
+@pytest.mark.usefixtures("relaxed_promotion")
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_of_many_labels_a_sample_has_the_mean(rng, smoothing):
+    logits = jnp.asarray(rng.normal(size=(2, 3, 4)), jnp.float32)
+    labels = jnp.array([[0, 1, 2], [3, 3, 0]])
+    loss = CrossEntropy(4, smoothing)
+    each = loss(logits.reshape(6, 4), (None, labels.reshape(6))).reshape(2, 3)
+    np.testing.assert_allclose(loss(logits, (None, labels)), each.mean(1), rtol=1e-6)
+    right = np.argmax(logits, -1) == np.asarray(labels)
+    np.testing.assert_allclose(loss.accuracy(logits, (None, labels)), right.mean(1), rtol=1e-6)
+    # Bits are those of the labels themselves, whatever the smoothing.
+    p = np.exp(np.float64(logits))
+    p = np.take_along_axis(p / p.sum(-1, keepdims=True), np.asarray(labels)[..., None], -1)
+    np.testing.assert_allclose(
+        loss.bits(logits, (None, labels)), -np.log2(p[..., 0]).mean(1), rtol=1e-5
+    )
+    assert np.isnan(loss(logits, (None, labels.at[1, 2].set(4)))).tolist() == [False, True]
+
+
 @pytest.mark.parametrize(
     ("outputs", "labels", "error", "message"),
     [
@@ -60,6 +79,7 @@ def test_labels_are_where_they_are_said_to_be():
         (jnp.zeros((2, 5)), [0, 1], ValueError, r"must be \[N, 4\] .*; got \[2, 5\] and \[2\]"),
         (jnp.zeros((2, 4)), [[0], [1]], ValueError, r"got \[2, 4\] and \[2, 1\]"),
         (jnp.zeros((2, 3, 4)), [0, 1], ValueError, r"got \[2, 3, 4\] and \[2\]"),
+        (jnp.zeros((2, 3, 4)), [[0, 1]], ValueError, r"got \[2, 3, 4\] and \[1, 2\]"),
     ],
 )
 def test_outputs_and_labels_that_do_not_fit_are_named(outputs, labels, error, message):

@@ -1,5 +1,6 @@
 """Transformers and recurrent networks, in float and quantized."""
 
+import dataclasses
 import functools
 import re
 
@@ -12,6 +13,7 @@ from flax import nnx
 
 import fqt_jax as fqt
 from fqt_jax import kernels
+from fqt_jax.diagnostics.taps import layer_gradients, layer_shapes
 from fqt_jax.estimators import FullBatch, OneDraw, SplitModel
 from fqt_jax.losses import CrossEntropy
 from fqt_jax.models import GPT, VisionTransformer, create_model
@@ -206,3 +208,24 @@ def test_one_draw_is_unbiased_for_a_gpt(recipe):
 def test_what_does_not_fit_is_named(build, message):
     with pytest.raises(ValueError, match=message):
         build(rngs=nnx.Rngs(0)) if isinstance(build, functools.partial) else build()
+
+
+def test_what_is_inside_of_a_loop_is_listed_and_else_named():
+    recipe = dataclasses.replace(fqt.FQT1, threshold="calibrated")
+    model, _ = fqt.quantize(tiny_recurrent(), recipe)
+    x = normal(0, 6, 4, 4, 1)
+    found = {shape.path: (shape.input[0], shape.is_inside) for shape in layer_shapes(model, x)}
+    assert found["layers/0/input"] == (24, False)  # all rows at once
+    assert found["layers/0/state"] == (6, True)
+    assert len(found) == 4
+    for function in (fqt.calibrate, fqt.sign_balance):
+        with pytest.raises(ValueError, match=r"layer layers/0/state is called inside of a loop"):
+            function(model, x)
+    with pytest.raises(ValueError, match=r"cannot be seen, inside of a loop: layers/0/state\."):
+        layer_gradients(model, x, jnp.arange(6) % 3, key=jax.random.key(0))
+    # An example tells the first and the last layer through loops too.
+    table = fqt.quantize(tiny_recurrent(), fqt.QAT, example=x).table
+    assert {layer.path: layer.reason for layer in table if not layer.recipe.binary} == {
+        "stem": "first layer",
+        "head": "last layer",
+    }

@@ -16,7 +16,7 @@ from experiments.data.augment import augment, normalize
 from experiments.data.text import NAMES as TEXTS
 from fqt_jax.losses import CrossEntropy
 from fqt_jax.metrics import Metric
-from fqt_jax.models import TOKEN_MODELS
+from fqt_jax.models import TOKEN_MODELS, has_stem
 
 if TYPE_CHECKING:
     from experiments.runs.config import RunConfig
@@ -138,11 +138,14 @@ class Images(Kind):
         return {"in_features": dataset.channels, "image_size": dataset.image_size, "stem": stem}
 
     def resolved(self, config: RunConfig, dataset: Dataset) -> dict[str, Any]:
-        """Size, streaming and augmentation."""
+        """Size, stem, streaming and augmentation."""
         height, width = dataset.image_size
         streamed = isinstance(dataset.train, Streamed)
         return {
             "image_size": height if height == width else [height, width],
+            "stem": self.model_options(config, dataset)["stem"]
+            if has_stem(config.model)
+            else config.stem,
             "stream": "yes" if streamed else "no",
             "flip": flips(config, dataset),
             "pad": None if streamed else augmentation(config, dataset)[1],

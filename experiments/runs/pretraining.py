@@ -70,7 +70,7 @@ def newest_pretraining(options: PretrainConfig) -> tuple[pathlib.Path | None, st
             return folder, "it is not complete"
         if values["image_size"] is None:
             values |= {
-                "image_size": read_summary(folder / "summary.json")["resolved"]["image_size"]
+                "image_size": read_summary(folder / "summary.json")["resolved"].get("image_size")
             }
     except (ValueError, TypeError, AttributeError, KeyError, UserError):
         return folder, "it is damaged or of another version"

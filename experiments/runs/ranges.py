@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from experiments.cli import UserError
+from experiments.runs.kinds import kind_named
 
 if TYPE_CHECKING:
     from experiments.runs.config import RunConfig
@@ -60,4 +61,7 @@ def check_numbers(config: RunConfig) -> None:
                 f"after warm-up; got {config.cosine_epochs}."
             )
     if config.limit is not None and config.batch_size > config.limit:
-        raise UserError(f"batch_size is {config.batch_size}, but limit leaves only {config.limit}.")
+        raise UserError(
+            f"batch_size is {config.batch_size}, but limit leaves only {config.limit} "
+            f"{kind_named(config.dataset).samples}."
+        )

@@ -17,7 +17,7 @@ from fqt_jax.calibration import calibrate
 from fqt_jax.checkpoints import load_parameters
 from fqt_jax.convert import ConversionTable, quantize
 from fqt_jax.kernels import check_implementation
-from fqt_jax.models import create_model, has_stem
+from fqt_jax.models import create_model
 from fqt_jax.weights import load as load_weights
 from fqt_jax.weights import statistics
 
@@ -150,7 +150,4 @@ def model_options(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
 
 def resolved(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
     """What the options that were left open became."""
-    found = {**config.filled_in(), **kind_of(dataset).resolved(config, dataset)}
-    if has_stem(config.model):
-        found["stem"] = model_options(config, dataset)["stem"]
-    return found
+    return {**config.filled_in(), **kind_of(dataset).resolved(config, dataset)}

@@ -83,6 +83,26 @@ CASES: list[tuple[str, str]] = [
     ("finetune --out a --resume b", "give either out"),
     ("speed --plot a.bmp", "plot must end in"),
     ("speed --layers --plot a.png", "plot draws the times of steps"),
+    ("finetune --dataset pydoc --from-scratch", "resnet18 takes images, and pydoc is text"),
+    ("finetune --model gpt_small --from-scratch", "gpt_small takes text, and digits has images"),
+    *(
+        (f"finetune --dataset pydoc --model gpt_small --from-scratch --{option}", what)
+        for option, what in (
+            ("image-size 16", "image_size has no effect on pydoc, which is text"),
+            ("flip True", "flip has no effect on pydoc"),
+            ("pad 0", "pad has no effect on pydoc"),
+            ("stem small", "stem has no effect on pydoc"),
+            ("stream yes", "stream has no effect on pydoc"),
+            ("workers 2", "workers has no effect on pydoc"),
+            ("stratify", "stratify has no effect on pydoc"),
+            ("data-dir photos", "pydoc is text that comes with Python: it takes no data_dir"),
+            ("batch-size 5000", "has only"),
+        )
+    ),
+    ("finetune --dataset pydoc --model gpt_small", "give a --checkpoint, or --from-scratch"),
+    ("finetune --dataset pydoc --model gpt_small --weights a.pth", "weights of others are of"),
+    ("gradient_statistics --dataset pydoc --model gpt_small", "pydoc is text"),
+    ("speed --model lstm", "unknown model 'lstm'"),
     # Patterns and files
     ("finetune --from-scratch --freeze head[", "freeze"),
     ("finetune --from-scratch --freeze tail.*", "freeze"),

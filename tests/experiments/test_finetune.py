@@ -437,7 +437,7 @@ def test_a_batch_that_is_too_large_is_named_before_pretraining(capsys):
         ({"clip_norm": -1.0}, "clip_norm must be a positive number"),
         ({"ema_decay": 0.0}, r"ema_decay must be in \(0, 1\)"),
         ({"momentum": 0.9}, "momentum has no effect on adam: it is of sgd"),
-        ({"stem": "small"}, "stem has no effect on vgg_small: it is of ResNet and MobileNet"),
+        ({"stem": "small"}, "stem has no effect on vgg_small: it is of ResNet, MobileNet and ViT"),
         ({"freeze": "("}, "freeze must be a regular expression"),
         ({"recipe": "psq1", "sampler": "uniform"}, "sampler has no effect: nothing is pruned"),
         ({"one_draw": True, "importance": "norm"}, "importance has no effect: one_draw draws by"),
