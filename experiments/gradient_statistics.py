@@ -33,6 +33,7 @@ from experiments.runs.steps import build_eval_step, evaluate
 from experiments.show import gradients as gradient_pictures
 from experiments.show.formats import Table, show
 from fqt_jax import diagnostics
+from fqt_jax.diagnostics.taps import seen_layers
 from fqt_jax.training import TrainState, merge_model
 
 
@@ -92,14 +93,15 @@ def main(config: StatisticsConfig) -> None:
     if max(config.batch_size, config.diagnosed_images) > len(dataset.train):
         raise cli.UserError(f"there are only {len(dataset.train)} training images.")
     task = tasks.build_task(config, dataset, None)
-    folder = folders.run_folder(config, "gradients")
-    print(task.table)
     n = config.diagnosed_images
     batch = Batch(
         normalize(dataset.train.first(n), dataset.mean, dataset.std),
         jnp.asarray(dataset.train.labels[:n]),
         jax.random.key(config.seed + 1),
     )
+    seen_layers(task.model, batch.images)  # raises where it cannot see them all
+    folder = folders.run_folder(config, "gradients")
+    print(task.table)
     print(diagnostics.budget(task.model, batch.images))
     records, graphdef, states = [], None, {}
     with (folder / "statistics.jsonl").open("w") as file:

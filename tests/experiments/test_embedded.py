@@ -105,7 +105,7 @@ def test_nothing_heavy_is_imported():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "imagenet"}, r"unknown data set 'imagenet'; known: mnist5k, digits, cifar10"),
+        ({"name": "imagenet"}, r"unknown data set 'imagenet'; known: mnist5k, digits, pydoc, cifar10"),
         ({"validation_fraction": 0}, r"validation_fraction must lie in \(0, 1\); got 0"),
         ({"validation_fraction": 1.0}, r"validation_fraction must lie in \(0, 1\); got 1.0"),
         ({"validation_fraction": float("nan")}, r"validation_fraction must lie in .* got nan"),
@@ -230,4 +230,4 @@ def test_a_constant_channel_has_deviation_one():
 
 def test_names():
     assert DATASETS[:2] == ("mnist5k", "digits")
-    assert len(DATASETS) == len(set(DATASETS)) == 8
+    assert len(DATASETS) == len(set(DATASETS)) == 9

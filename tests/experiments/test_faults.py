@@ -253,6 +253,6 @@ def test_a_damaged_summary_is_named_and_can_be_made_again():
     assert json.loads(path.read_text()).keys() == summary.keys()
     assert json.loads(path.read_text())["test_loss"] == summary["test_loss"]
     # Which older ones lack.
-    new = {"wait_fraction", "resolved", "stopped", "tested_epoch", "checkpoint"}
+    new = {"wait_fraction", "resolved", "stopped", "tested_epoch", "checkpoint", "samples"}
     assert summary.keys() == summaries._NAMES | new
     assert read_metadata(list_checkpoints(CHECKPOINTS)[0])["history"] == lines(RUN)
