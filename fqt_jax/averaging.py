@@ -32,7 +32,8 @@ def averaged_parameters(state: Any) -> Any:
     Batch statistics are no part of it: they are moving averages of the training batches already.
 
     Args:
-      state: a :class:`~fqt_jax.training.TrainState` of an optimizer of :class:`OptimizerConfig`.
+      state: a :class:`~fqt_jax.training.TrainState` of an optimizer of
+        :class:`fqt_jax.optimizers.OptimizerConfig`.
 
     Example:
       >>> import jax.numpy as jnp
