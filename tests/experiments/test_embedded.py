@@ -105,7 +105,10 @@ def test_nothing_heavy_is_imported():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "imagenet"}, r"unknown data set 'imagenet'; known: mnist5k, digits, pydoc, cifar10"),
+        (
+            {"name": "imagenet"},
+            r"unknown data set 'imagenet'; known: mnist5k, digits, pydoc, cifar10",
+        ),
         ({"validation_fraction": 0}, r"validation_fraction must lie in \(0, 1\); got 0"),
         ({"validation_fraction": 1.0}, r"validation_fraction must lie in \(0, 1\); got 1.0"),
         ({"validation_fraction": float("nan")}, r"validation_fraction must lie in .* got nan"),
