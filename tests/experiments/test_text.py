@@ -145,4 +145,4 @@ def test_sequence_models_train_on_images(own_folder, relaxed_promotion, model):
     finetune(FinetuneConfig(**options, **training, out=pathlib.Path("run")))
     lines = pathlib.Path("run/metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["train_loss"] for line in lines]
-    assert losses[3] < 0.9 * losses[0]
+    assert losses[3] < 0.95 * losses[0]
