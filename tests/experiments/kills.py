@@ -1,6 +1,7 @@
 """Kills training runs at random moments, resumes them, and compares them with an unbroken one.
 
     python -m tests.experiments.kills --kills 50
+    python -m tests.experiments.kills --kills 50 --stream   # images decoded by two processes
 
 A short fine-tuning from scratch runs once to its end. Then the same run is started, killed by
 SIGKILL, SIGTERM or SIGINT after a random time, resumed, killed again, until it is complete, and
@@ -35,7 +36,8 @@ from fqt_jax.training import TrainState, create_state
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-OPTIONS = {
+Options = dict[str, object]
+OPTIONS: Options = {
     "dataset": "digits",
     "model": "vgg_small",
     "width": 0.25,
@@ -45,25 +47,27 @@ OPTIONS = {
     "limit": 200,
     "epochs": 20,
 }
+STREAMED: Options = {**OPTIONS, "stream": "yes", "workers": 2}
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 
-def check(folder: pathlib.Path, kills: int, seed: int) -> None:
+def check(folder: pathlib.Path, kills: int, seed: int, options: Options = OPTIONS) -> None:
     """Compares runs that are killed with an unbroken one.
 
     Args:
       folder: for the runs; it exists and is empty.
       kills: how many.
       seed: of their moments and signals.
+      options: of the runs.
 
     Raises:
       AssertionError: a run differs, or ended as it should not.
     """
     draw = random.Random(seed)
     whole = folder / "whole"
-    _finish(_start(folder, whole))  # fills the cache of compiled programs, too
+    _finish(_start(folder, whole, options))  # fills the cache of compiled programs, too
     began = time.perf_counter()
-    _finish(_start(folder, folder / "again"))
+    _finish(_start(folder, folder / "again", options))
     seconds = time.perf_counter() - began
     compare(folder / "again", whole)
     print(f"the unbroken run takes {seconds:.1f} s", flush=True)
@@ -74,17 +78,17 @@ def check(folder: pathlib.Path, kills: int, seed: int) -> None:
         while done < kills and not (run / "summary.json").exists():
             number = draw.choice(SIGNALS)
             # Up to the whole time: a resumed run may come to its end before.
-            done += _kill(_start(folder, run), number, draw.uniform(0, seconds), done + 1)
+            done += _kill(_start(folder, run, options), number, draw.uniform(0, seconds), done + 1)
         if not (run / "summary.json").exists():
-            _finish(_start(folder, run))
+            _finish(_start(folder, run, options))
         compare(run, whole)
         print(f"{run.name} is complete, and the unbroken run bit for bit", flush=True)
 
 
-def _start(folder: pathlib.Path, run: pathlib.Path) -> subprocess.Popen[str]:
+def _start(folder: pathlib.Path, run: pathlib.Path, options: Options) -> subprocess.Popen[str]:
     """Starts a run, or resumes it where a user could."""
-    options = [f"--{name}={value}" for name, value in OPTIONS.items()]
-    fresh = ["--from-scratch", *options, f"--out={run}"]
+    given = [f"--{name}={value}" for name, value in options.items()]
+    fresh = ["--from-scratch", *given, f"--out={run}"]
     started = (run / "config.json").exists()
     environment = {
         **os.environ,
@@ -179,15 +183,16 @@ def _template(run: pathlib.Path) -> TrainState:
     return create_state(model, optimizer, Images.metrics)[1]
 
 
-def main(kills: int = 50, seed: int = 0) -> None:
+def main(kills: int = 50, seed: int = 0, stream: bool = False) -> None:
     """Kills training runs at random moments, resumes and compares them.
 
     Args:
       kills: how many.
       seed: of their moments and signals.
+      stream: whether the images are streamed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        check(pathlib.Path(folder), kills, seed)
+        check(pathlib.Path(folder), kills, seed, STREAMED if stream else OPTIONS)
 
 
 if __name__ == "__main__":
