@@ -84,8 +84,8 @@ def load(
     =====================  =======  =============  ========  ======  =======
 
     Training counts include what is held out; the flowers have 1,020 validation images besides.
-    ``pydoc`` is text, in sequences of 128 characters; the classes are the characters, and the counts
-    those of Python 3.11 (:mod:`experiments.data.text`).
+    ``pydoc`` is text, in sequences of 128 characters; the classes are the characters, and the
+    counts those of Python 3.11 (:mod:`experiments.data.text`).
 
     Args:
       name: one of ``DATASETS`` or ``OWN``, or any image classification set of
