@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from fqt_jax.sequential import Sequential
 
 STEM_POOL = functools.partial(
     nnx.max_pool, window_shape=(3, 3), strides=(2, 2), padding=((1, 1), (1, 1))
@@ -49,3 +52,18 @@ def max_pooling(size: int) -> Callable[[jax.Array], jax.Array]:
 def avg_pooling(size: int) -> Callable[[jax.Array], jax.Array]:
     """:func:`avg_pool`, the same object each time."""
     return functools.partial(avg_pool, size=size)
+
+
+class Blocks(nnx.Module):
+    """A network of a stem, blocks one after the other, a mean over the positions, and a head."""
+
+    stem: Sequential
+    blocks: nnx.List[Any]
+    head: nnx.Linear
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps images ``[N, H, W, C]`` to logits ``[N, num_classes]``."""
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(jnp.mean(x, axis=(1, 2)))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fqt_jax.models.common import avg_pooling, scaled
+from fqt_jax.models.common import Blocks, avg_pooling, scaled
 from fqt_jax.sequential import Sequential
 
 _BLOCKS = (
@@ -19,7 +19,7 @@ _BLOCKS = (
 """Channels after, and stride of, each block."""
 
 
-class MobileNet(nnx.Module):
+class MobileNet(Blocks):
     """Depthwise 3x3 and pointwise 1x1 convolutions in turn, each with a shortcut of its own.
 
     Each convolution sees normalized input, a PReLU follows it, and what it saw is added: average
@@ -69,13 +69,6 @@ class MobileNet(nnx.Module):
             self.blocks.append(_Block(channels, out_features, block_stride, rngs=rngs))
             channels = out_features
         self.head = nnx.Linear(channels, num_classes, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps images ``[N, H, W, C]`` to logits ``[N, num_classes]``."""
-        x = self.stem(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(jnp.mean(x, axis=(1, 2)))
 
 
 class _Block(nnx.Module):

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from fqt_jax.models.common import STEM_POOL, avg_pooling, scaled
+from fqt_jax.models.common import STEM_POOL, Blocks, avg_pooling, scaled
 from fqt_jax.sequential import Sequential
 
 
-class ResNet(nnx.Module):
+class ResNet(Blocks):
     """Residual blocks in which each convolution sees normalized input and a PReLU follows it.
 
     A block computes ``prelu(conv(norm(.)))`` twice, or three times in a bottleneck, and adds the
@@ -81,13 +80,6 @@ class ResNet(nnx.Module):
                 self.blocks.append(block)
                 channels = block.out_features
         self.head = nnx.Linear(channels, num_classes, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps images ``[N, H, W, C]`` to logits ``[N, num_classes]``."""
-        x = self.stem(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(jnp.mean(x, axis=(1, 2)))
 
 
 class _Block(nnx.Module):

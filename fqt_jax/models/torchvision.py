@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fqt_jax.models.common import STEM_POOL, max_pooling, scaled
+from fqt_jax.models.common import STEM_POOL, Blocks, max_pooling, scaled
 from fqt_jax.sequential import Sequential
 
 
@@ -23,7 +23,7 @@ def _norm(features: int, rngs: nnx.Rngs, epsilon: float = 1e-5) -> nnx.BatchNorm
     return nnx.BatchNorm(features, momentum=0.9, epsilon=epsilon, rngs=rngs)
 
 
-class TorchResNet(nnx.Module):
+class TorchResNet(Blocks):
     """A ResNet of basic blocks, or of bottlenecks whose 3x3 convolution has the stride (v1.5).
 
     That of Keras has the stride in a block's first convolution (v1), and norms that add 1.001e-5 to
@@ -72,13 +72,6 @@ class TorchResNet(nnx.Module):
                 self.blocks.append(block)
                 channels = block.out_features
         self.head = nnx.Linear(channels, num_classes, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps images ``[N, H, W, C]`` to logits ``[N, num_classes]``."""
-        x = self.stem(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(jnp.mean(x, axis=(1, 2)))
 
 
 class _Block(nnx.Module):
