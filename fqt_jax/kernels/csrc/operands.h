@@ -70,6 +70,7 @@ struct Attribute {
 FQT_ATTRIBUTE(Sizes, ffi::Span<const int64_t>, "sizes")
 FQT_ATTRIBUTE(CodeBits, int64_t, "bits")
 FQT_ATTRIBUTE(Pool, int64_t, "pool")
+FQT_ATTRIBUTE(Epsilon, float, "epsilon")
 FQT_ATTRIBUTE(SelectsSamples, bool, "selects_samples")
 FQT_ATTRIBUTE(SelectsChannels, bool, "selects_channels")
 FQT_ATTRIBUTE(HasMask, bool, "has_mask")
