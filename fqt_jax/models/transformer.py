@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fqt_jax.attention import self_attention
 from fqt_jax.sequential import Sequential
 
 HEAD_FEATURES = 32
@@ -78,10 +79,10 @@ class Attention(nnx.Module):
         """Maps ``[N, T, C]`` to ``[N, T, C]``."""
         n, length, features = x.shape
         heads = self.qkv(x).reshape(n, length, 3, self.heads, features // self.heads)
-        q, k, v = heads[:, :, 0], heads[:, :, 1], heads[:, :, 2]
         if self.rotary:
-            q, k = turned(q), turned(k)
-        y = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal)
+            q, k, v = heads[:, :, 0], heads[:, :, 1], heads[:, :, 2]
+            heads = jnp.stack([turned(q), turned(k), v], axis=2)
+        y = self_attention(heads, is_causal=self.causal)
         return self.out(y.reshape(x.shape), residual=x)
 
 

@@ -352,6 +352,23 @@ def _declines_adam(g: jax.Array, m: jax.Array, v: jax.Array, factors: jax.Array)
     return _declines_other_than_float32(g, m, v) or _declines_empty(g)
 
 
+def _attention(qkv: jax.Array, *, scale: float, is_causal: bool, platform: str) -> jax.Array:
+    n, length, _, heads, d = qkv.shape
+    out = jax.ShapeDtypeStruct((n, length, heads, d), jnp.float32)
+    return call("attention", out, qkv, scale=np.float32(scale), is_causal=is_causal)
+
+
+def _attention_grad(
+    qkv: jax.Array, dy: jax.Array, *, scale: float, is_causal: bool, platform: str
+) -> jax.Array:
+    out = jax.ShapeDtypeStruct(qkv.shape, jnp.float32)
+    return call("attention_grad", out, qkv, dy, scale=np.float32(scale), is_causal=is_causal)
+
+
+def _declines_attention(*operands: jax.Array, **_: Any) -> str | None:
+    return _declines_other_than_float32(*operands) or _declines_empty(*operands)
+
+
 def _declines_other_than_float32(*operands: jax.Array) -> str | None:
     found = {a.dtype.name for a in operands} - {"float32"}
     return f"operands are {', '.join(sorted(found))}, not float32" if found else None
@@ -411,6 +428,8 @@ KERNELS = {
             ("float_conv", _float_conv, _declines_float_conv),
             ("float_conv_weight_grad", _float_conv_weight_grad, _declines_float_conv),
             ("adam", _adam, _declines_adam),
+            ("attention", _attention, _declines_attention),
+            ("attention_grad", _attention_grad, _declines_attention),
         )
     },
 }

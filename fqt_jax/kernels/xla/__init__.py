@@ -1,7 +1,7 @@
 """Every operation in plain XLA: the reference, on every backend and for every case."""
 
 from fqt_jax.kernels.dispatch import Implementation, Kernel
-from fqt_jax.kernels.xla import adam, float_conv, normed, products, transforms
+from fqt_jax.kernels.xla import adam, attention, float_conv, normed, products, transforms
 
 IMPLEMENTATION = Implementation(
     "xla",
@@ -22,5 +22,7 @@ IMPLEMENTATION = Implementation(
         "float_conv_input_grad": Kernel(float_conv.conv_input_grad),
         "float_conv_weight_grad": Kernel(float_conv.conv_weight_grad),
         "adam": Kernel(adam.adam),
+        "attention": Kernel(attention.attention),
+        "attention_grad": Kernel(attention.attention_grad),
     },
 )
