@@ -70,9 +70,7 @@ def _bwd(
 ) -> tuple[jax.Array]:
     scale = _scale(qkv)
     return (
-        kernels.attention_grad(
-            qkv, dy, scale, is_causal=is_causal, implementation=implementation
-        ),
+        kernels.attention_grad(qkv, dy, scale, is_causal=is_causal, implementation=implementation),
     )
 
 

@@ -289,9 +289,7 @@ def _channels(parts: Sequence[Part], run: Run) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _function(
-    gap: Gap, params: GapParams, scale: jax.Array, running: Running | None
-) -> Function:
+def _function(gap: Gap, params: GapParams, scale: jax.Array, running: Running | None) -> Function:
     if gap.norm == "layer":
         return normed_of(gap, params, scale)
     return line_of(gap, params, scale, None, running)[0]
@@ -299,7 +297,9 @@ def _function(
 
 def _function_of(rows: jax.Array) -> Function:
     """The coefficients, as they were stacked."""
-    return Line(*rows) if len(rows) == len(Line._fields) else Normed(Line(*rows[:6]), Line(*rows[6:]))
+    return (
+        Line(*rows) if len(rows) == len(Line._fields) else Normed(Line(*rows[:6]), Line(*rows[6:]))
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))

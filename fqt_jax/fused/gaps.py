@@ -91,7 +91,8 @@ def gap_gradient(
         g, lo, hi, sums = kernels.gradient_normed(
             source, normed, gap.epsilon, d, samples, implementation=implementation
         )
-        return GapGradient(g, *vjp(sums), (lo, hi))
+        d_params, d_scale = vjp(sums)
+        return GapGradient(g, d_params, d_scale, (lo, hi))
 
     def line(params: GapParams, scale: jax.Array, moments: Moments | None) -> Line:
         return line_of(gap, params, scale, moments, running)[0]

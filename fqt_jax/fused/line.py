@@ -30,7 +30,7 @@ def kinks_before_norm(gap: Gap) -> bool:
 
 
 def takes_moments(gap: Gap, running: Running | None) -> bool:
-    """Whether a batch norm needs the moments of its source: for its statistics or their gradient."""
+    """Whether a batch norm needs moments of its source, for statistics or their gradient."""
     if gap.norm != "batch":
         return False
     return not gap.uses_running or (running is not None and running.weights is not None)

@@ -87,7 +87,7 @@ def gradient_normed(
         epsilon=float(epsilon),
         implementation=implementation,
     )
-    no = jnp.zeros(shape[-1], jnp.float32)
+    no = jnp.zeros_like(sums[0])
     after, before = (
         Line(no, no, p1=p1, q1=q1, p0=p0, q0=q0) for q1, p1, q0, p0 in (sums[:4], sums[4:])
     )

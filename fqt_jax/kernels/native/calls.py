@@ -13,12 +13,12 @@ from fqt_jax.binarize import WORD_BITS, PackedBits
 from fqt_jax.kernels.contract import Pair, Rounding, Window, sum_dtype
 from fqt_jax.kernels.dispatch import Kernel
 from fqt_jax.kernels.native.library import call
+from fqt_jax.kernels.normed import Normed
 from fqt_jax.kernels.scaling import (
     declines_input_grad,
     declines_samplewise_weight_grad,
     declines_weight_grad,
 )
-from fqt_jax.kernels.normed import Normed
 from fqt_jax.kernels.transforms import Flow, Line, pooled_shape
 from fqt_jax.kernels.xla import IMPLEMENTATION as XLA
 from fqt_jax.samplers import Selection
