@@ -36,7 +36,7 @@ from fqt_jax.fused.line import line_of, takes_moments, thresholds
 from fqt_jax.fused.parts import Chain, Gap, GapParams, Kept, Operands, Statistics
 from fqt_jax.fused.product import encode_weights, finish_weights, product_gradients
 from fqt_jax.kernels import Flow, Line, Moments
-from fqt_jax.sharding import vary, varying_axes, varying_together
+from fqt_jax.sharding import mean_over, vary, varying_axes, varying_together
 
 
 def run_chain(chain: Chain, operands: Operands) -> tuple[jax.Array, list[Statistics | None]]:
@@ -93,6 +93,7 @@ def _run_fwd(
             rows = None if running is None else running.weights
             kink = thresholds(gap, params, scale)
             moments = kernels.moments(source, kink, rows, implementation=implementation)
+            moments = mean_over(moments, gap.axes)
         line, of_batch = line_of(gap, params, scale, moments, running)
         kept.moments.append(moments)
         kept.scales.append(scale if _has_gradient(chain, operands.params, i) else None)
@@ -219,6 +220,7 @@ def _gap_bwd(
     d_params, d_scale, d_moments = line_vjp(
         kernels.gradient_sums(source, at, gap.pool, d, samples, implementation=implementation)
     )
+    d_moments = mean_over(d_moments, gap.axes)  # of all devices' losses
     rows = None if running is None else running.weights
     g, lo, hi = kernels.gradient(
         source,

@@ -25,6 +25,7 @@ class Gap(NamedTuple):
       zero_is_below: whether the slope at zero is that of negative numbers, as for ReLU.
       epsilon: of the norm.
       uses_running: whether the norm takes its running statistics, not those of the batch.
+      axes: of the mesh over whose devices the norm takes its statistics; ``None`` for one's own.
     """
 
     has_norm: bool = False
@@ -34,6 +35,7 @@ class Gap(NamedTuple):
     zero_is_below: bool = False
     epsilon: float = 0.0
     uses_running: bool = False
+    axes: str | tuple[str, ...] | None = None
 
 
 class GapParams(NamedTuple):
