@@ -12,6 +12,7 @@ from experiments.data.catalog import Stream
 from experiments.runs.kinds import kind_named
 from experiments.runs.ranges import check_numbers
 from fqt_jax.estimators import Estimator, FullBatch, OneDraw
+from fqt_jax.estimators.one_draw import Scope
 from fqt_jax.kernels import check_implementation
 from fqt_jax.models import MODELS, has_stem
 from fqt_jax.optimizers import OptimizerConfig
@@ -25,6 +26,7 @@ from fqt_jax.recipe import (
     Threshold,
     recipe_by_name,
 )
+from fqt_jax.shards import Statistics
 
 NO_PAD = "pad has no effect."
 NO_WORKERS = "workers have no effect."
@@ -137,6 +139,16 @@ class RunConfig:
     save_minutes: float | None = None
     """Save within an epoch too, when so many minutes have passed since the last time."""
 
+    devices: int | Literal["all"] | None = None
+    """Devices that share each batch: a number, or all, of all processes; the default is one, and
+    with several processes all. Batch size, rates and epochs mean the same on any number."""
+    batch_statistics: Statistics | None = None
+    """What batch norms take on several devices: synchronized, the whole batch's statistics, which
+    is the default, or local, each device's own."""
+    draw_from: Scope | None = None
+    """What one-draw draws from on several devices: each one's shard, which is the default, or the
+    whole batch."""
+
     seed: int = 0
     """Decides initialization, order, augmentation and rounding."""
     implementation: str | None = None
@@ -162,6 +174,15 @@ class RunConfig:
     )
     """Options that are values in a training step, not constants of its program."""
 
+    OF_THE_CALL: ClassVar[tuple[str, ...]] = (
+        "out",
+        "resume",
+        "coordinator",
+        "processes",
+        "process",
+    )
+    """Options that say where a run is kept and who runs it: they are not the run's."""
+
     def __post_init__(self) -> None:
         if self.model not in MODELS:
             raise UserError(f"unknown model {self.model!r}; known models: {', '.join(MODELS)}.")
@@ -175,6 +196,10 @@ class RunConfig:
             raise UserError(f"stream has random crops of its own: {NO_PAD}")
         if self.stream == "no" and self.workers is not None:
             raise UserError(f"stream is no: {NO_WORKERS}")
+        if self.draw_from is not None and not self.one_draw:
+            raise UserError("draw_from has no effect without one-draw.")
+        if self.draw_from == "batch" and self.batch_statistics == "local":
+            raise UserError("draw_from batch needs synchronized batch-statistics, not local ones.")
         if self.out is not None and self.resume is not None:
             raise UserError("give either out, for a new run, or resume, for one that exists.")
         try:  # now, before any data are read and any folder is made
@@ -225,7 +250,7 @@ class RunConfig:
         gradient = self.build_recipe().gradient
         if gradient is None or gradient.keep_fraction == 1:
             raise UserError(f"the recipe {self.recipe!r} prunes nothing: one_draw cannot be set.")
-        return OneDraw(keep=gradient.keep_fraction)
+        return OneDraw(keep=gradient.keep_fraction, scope=self.draw_from or "shard")
 
     @property
     def variant(self) -> str:
@@ -277,8 +302,8 @@ class RunConfig:
     def to_json(self) -> dict[str, Any]:
         """The options as JSON values, without those that say where the run is kept."""
         values = dataclasses.asdict(self)
-        for name in ("out", "resume"):
-            values.pop(name)
+        for name in self.OF_THE_CALL:
+            values.pop(name, None)
         return {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in values.items()}
 
 

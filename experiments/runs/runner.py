@@ -17,15 +17,18 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from experiments import process
 from experiments.cli import UserError
 from experiments.data.schedule import Part
+from experiments.distributed import Agreement, several, wait_for_all
 from experiments.process import Interrupted, StopOnSignal
 from experiments.runs import reporting
 from experiments.runs.batches import Batches, batches
 from experiments.runs.checkpoints import RunCheckpoints, check_nothing_is_lost
 from experiments.runs.config import RunConfig
+from experiments.runs.devices import mesh_of, placed
 from experiments.runs.diagnosis import Diagnosis
 from experiments.runs.divergence import origin
 from experiments.runs.folders import write_json, write_text
@@ -118,11 +121,13 @@ def train(
         run.log.close()
 
 
-def _steps(config: RunConfig, task: Task, graphdef: Any, total_steps: int) -> Steps:
+def _steps(
+    config: RunConfig, task: Task, graphdef: Any, total_steps: int, mesh: Mesh | None
+) -> Steps:
     dataset = task.dataset
     optimizer = config.build_optimizer().build(nnx.state(task.model, nnx.Param), total_steps)
-    train_step = build_train_step(config, dataset, graphdef, optimizer, augments=True)
-    return Steps(optimizer, train_step, build_eval_step(dataset, graphdef))
+    train_step = build_train_step(config, dataset, graphdef, optimizer, augments=True, mesh=mesh)
+    return Steps(optimizer, train_step, build_eval_step(dataset, graphdef, mesh))
 
 
 class _Run:
@@ -137,6 +142,8 @@ class _Run:
     ):
         self.config, self.task, self.folder, self.kind = config, task, folder, kind
         self.save_seconds = save_seconds
+        self.mesh = mesh_of(config)
+        self.agreement = Agreement(_IN_FLIGHT)
         dataset = task.dataset
         self.of = kind_of(dataset)
         config.check_batch(len(dataset.train))
@@ -145,11 +152,11 @@ class _Run:
         graphdef = nnx.graphdef(task.model)
         program = (graphdef, config.compiled())
         if program not in shared:
-            shared[program] = _steps(config, task, graphdef, self.total_steps)
+            shared[program] = _steps(config, task, graphdef, self.total_steps, self.mesh)
         self.steps = shared[program]
         self.graphdef = graphdef
         self.state = state = self._beginning()
-        self.key = jax.random.key(config.seed)
+        self.key = placed(jax.random.key(config.seed), self.mesh)
         self.start = task.start
         self.history: list[dict[str, Any]] = []
         self.log: Log = NoLog()
@@ -162,9 +169,10 @@ class _Run:
     def _beginning(self) -> TrainState:
         _, state = create_state(self.task.model, self.steps.optimizer, self.of.metrics)
         opt_state = self.config.build_optimizer().set_rates(state.opt_state)
-        return dataclasses.replace(state, opt_state=opt_state)
+        return placed(dataclasses.replace(state, opt_state=opt_state), self.mesh)
 
     def go(self) -> dict[str, Any]:
+        wait_for_all("the run's folder")
         summary_path = self.folder / "summary.json"
         if summary_path.exists():
             summary = read_summary(summary_path)
@@ -175,7 +183,7 @@ class _Run:
         write_text(self.folder / "layers.txt", f"{self.task.table}\n")
         write_json(self.folder / "resolved.json", resolved(self.config, self.task.dataset))
         began = time.perf_counter()
-        with contextlib.closing(batches(self.config, self.task.dataset)) as made:
+        with contextlib.closing(batches(self.config, self.task.dataset, self.mesh)) as made:
             with StopOnSignal() as stop, self._progress() as progress:
                 first = int(self.state.step) // self.steps_per_epoch
                 for epoch in range(first, self.config.epochs):
@@ -183,7 +191,7 @@ class _Run:
                         break
                     self._train_epoch(epoch, made, stop, progress)
                     self._end_epoch(epoch, made, progress)
-                    if stop.requested:
+                    if self.agreement.ask_now(stop.requested, False)[0]:
                         self._save_and_stop(epoch)
             stopped = reason_to_stop(self.history, self.config.patience)
             if len(self.history) == self.config.epochs:
@@ -226,8 +234,12 @@ class _Run:
             return self.history[-1]
         best = best_epoch(self.history)
         if best["step"] != int(self.state.step):
-            self.state = restore_checkpoint(self.checkpoints.at(best["step"]), self.state)
+            self.state = self._read(self.checkpoints.at(best["step"]), self.state)
         return best
+
+    def _read(self, path: pathlib.Path, state: TrainState) -> TrainState:
+        """A saved state, where the states of this run lie."""
+        return placed(restore_checkpoint(path, state), self.mesh)
 
     def _train_epoch(
         self, epoch: int, made: Batches, stop: StopOnSignal, progress: reporting.Progress
@@ -262,10 +274,11 @@ class _Run:
             elif len(in_flight) > _IN_FLIGHT:
                 # The loss of a step long dispatched: the device is not kept waiting for it.
                 wait()
-            if i + 1 < self.steps_per_epoch and (stop.requested or self._minutes_are_over()):
+            stopping, saving = self.agreement.ask(stop.requested, self._minutes_are_over())
+            if i + 1 < self.steps_per_epoch and (stopping or saving):
                 while in_flight:
                     wait()
-                if stop.requested:
+                if stopping:
                     self._save_and_stop(epoch)
                 self._check_finite(epoch)
                 self._save()
@@ -339,11 +352,11 @@ class _Run:
 
     def _where(self, step: int, made: Batches) -> str:
         """Where it began that a step's loss is not finite: the steps before it are taken again."""
-        if self.save_seconds:  # a run of many, which is expected at the highest rates
-            return ""
+        if self.save_seconds or several():
+            return ""  # one run of many, expected at the highest rates; or one of many processes
         path, _ = self.checkpoints.newest()
         state = self._beginning()
-        state = restore_checkpoint(path, state) if path else state
+        state = self._read(path, state) if path else state
         print(f"taking the steps from {int(state.step) + 1} again, to see where that began")
         epoch, first = divmod(int(state.step), self.steps_per_epoch)
         steps = itertools.chain.from_iterable(
@@ -384,7 +397,7 @@ class _Run:
             return
         for message in wrong:
             print(f"warning: {message}")
-        self.state = restore_checkpoint(path, self.state)
+        self.state = self._read(path, self.state)
         metadata = read_metadata(path)
         self.history, self.start = list(metadata["history"]), metadata["start"]
         if self.diagnosis:

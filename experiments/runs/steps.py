@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import optax
+from jax.sharding import Mesh
 
 from experiments.data import Dataset, Streamed
 from experiments.runs.config import RunConfig
@@ -32,6 +33,7 @@ def build_train_step(
     optimizer: optax.GradientTransformation,
     *,
     augments: bool = False,
+    mesh: Mesh | None = None,
 ) -> Step:
     """The training step of a run: ``step(state, *batch, key) -> (state, loss)``.
 
@@ -44,6 +46,7 @@ def build_train_step(
       graphdef: structure of the model.
       optimizer: the optimizer.
       augments: whether images are augmented; a stream has its own augmentation.
+      mesh: the devices, where there are several.
     """
     kind, loss = kind_of(dataset), CrossEntropy(dataset.num_classes, config.label_smoothing)
     step = make_train_step(
@@ -53,6 +56,8 @@ def build_train_step(
         estimator=config.build_estimator(),
         metrics=kind.metrics_of(loss),
         preprocess=kind.training(config, dataset) if augments else _without_key(dataset),
+        mesh=mesh,
+        statistics=config.batch_statistics or "synchronized",
     )
     return step if isinstance(dataset.train, Streamed) else gather_on_device(step)
 
@@ -62,7 +67,7 @@ def _without_key(dataset: Dataset) -> Preprocess | None:
     return None if preprocess is None else lambda batch, key: preprocess(batch)
 
 
-def build_eval_step(dataset: Dataset, graphdef: Any) -> Step:
+def build_eval_step(dataset: Dataset, graphdef: Any, mesh: Mesh | None = None) -> Step:
     """The evaluation step, without label smoothing: ``step(state, sums, *batch) -> sums``."""
     kind, loss = kind_of(dataset), CrossEntropy(dataset.num_classes)
     step = make_eval_step(
@@ -70,6 +75,7 @@ def build_eval_step(dataset: Dataset, graphdef: Any) -> Step:
         loss=loss,
         metrics=kind.metrics_of(loss),
         preprocess=kind.evaluation(dataset),
+        mesh=mesh,
     )
     return step if isinstance(dataset.train, Streamed) else gather_on_device(step)
 
