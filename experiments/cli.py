@@ -144,7 +144,13 @@ def _one_line_for_an_error(go: Callable[[], None]) -> None:
         go()
         return
     try:
-        go()
+        try:
+            go()
+        except Exception as error:  # whatever type the one that noticed gave it
+            if not distributed.is_loss(error):
+                raise
+            hint = f"; {process.hint()}" if process.hint() else "."
+            process.fail(f"{distributed.LOST}{hint}", status=1)
     except Interrupted as stop:
         distributed.wait_for_all("stopped")
         if not distributed.first():
@@ -156,9 +162,6 @@ def _one_line_for_an_error(go: Callable[[], None]) -> None:
     except (UserError, DataError, CheckpointError, ValueError, TypeError, ImportError) as error:
         process.fail(str(error))
     except (MemoryError, RuntimeError) as error:
-        if distributed.is_loss(error):
-            hint = f"; {process.hint()}" if process.hint() else "."
-            process.fail(f"{distributed.LOST}{hint}", status=1)
         # Lines after the first are the compiler's.
         line = (str(error).splitlines() or ["out of memory"])[0]
         process.fail(f"{line} (FQT_JAX_TRACEBACK=1 shows where)", status=1)

@@ -227,7 +227,7 @@ def settle() -> None:
 
 def is_loss(error: BaseException) -> bool:
     """Whether an error is that another process cannot be reached."""
-    return several() and isinstance(error, RuntimeError) and bool(_LOST.search(str(error)))
+    return several() and bool(_LOST.search(str(error)))
 
 
 def end(status: int) -> NoReturn:

@@ -101,8 +101,8 @@ def merge_model(graphdef: Any, state: TrainState) -> Any:
 
 def reset_metrics(state: TrainState) -> TrainState:
     """The state with its running sums at zero."""
-    names = (name for name in state.metrics.sums if name != "loss")
-    return dataclasses.replace(state, metrics=Metrics.zero(names))
+    # Zeros that lie where the sums did: elsewhere they would be another program's.
+    return dataclasses.replace(state, metrics=jax.tree.map(jnp.zeros_like, state.metrics))
 
 
 def make_train_step(
