@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import weakref
 from collections.abc import Callable
 from typing import Any, overload
@@ -15,6 +16,9 @@ from fqt_jax.batches import Padded, batch_size, take
 from fqt_jax.losses import Loss
 from fqt_jax.mesh import by_sample, check_shares
 from fqt_jax.metrics import Metrics
+
+_IN_FLIGHT = 4
+"""Steps that may be under way on several devices of one CPU."""
 
 
 class TrainStep:
@@ -48,6 +52,7 @@ class TrainStep:
             self.function = _shared_out(function, mesh, specs, (state, PartitionSpec()))
             self.places = _shardings(mesh, specs)
         self.jitted: Any = _jitted(self.function, 0, self.places)
+        self._ahead = _Ahead(mesh)
 
     def __call__(self, state: Any, batch: Any, key: jax.Array) -> tuple[Any, jax.Array]:
         """One step on a batch, which may be on the host or on the device."""
@@ -55,6 +60,7 @@ class TrainStep:
         if self.mesh is not None:
             check_shares(batch_size(batch), self.mesh)
         new, loss = self.jitted(state, batch, key)
+        self._ahead.add(loss)
         return new, loss
 
 
@@ -90,6 +96,7 @@ class EvalStep:
             self.function = _shared_out(function, mesh, specs, PartitionSpec())
             self.places = _shardings(mesh, specs)
         self.jitted: Any = _jitted(self.function, 1, self.places)
+        self._ahead = _Ahead(mesh)
 
     def __call__(self, state: Any, sums: Metrics | None, batch: Any) -> Metrics:
         """The sums with those of a batch added, or these alone where there are ``None`` yet."""
@@ -100,6 +107,7 @@ class EvalStep:
         if self.mesh is not None:
             check_shares(batch_size(batch), self.mesh)
         new: Metrics = self.jitted(state, _begun(sums, self.names), batch)
+        self._ahead.add(new)
         return new
 
 
@@ -116,6 +124,7 @@ class GatheredTrainStep:
             state, batch, key = places
             places = state, key, batch, key  # the data are whole on each device, as keys are
         self.jitted: Any = _jitted(function, 0, places)
+        self._ahead = _Ahead(step.mesh)
 
     def __call__(
         self, state: Any, data: Any, indices: Any, key: jax.Array
@@ -124,6 +133,7 @@ class GatheredTrainStep:
         size = self._data.checked_size(data)
         _check_indices(indices, size, self._mesh, lowest=0)
         new, loss = self.jitted(state, data, indices, key)
+        self._ahead.add(loss)
         return new, loss
 
 
@@ -141,12 +151,14 @@ class GatheredEvalStep:
             state, sums, batch = places
             places = state, sums, sums, batch  # the data are whole on each device, as sums are
         self.jitted: Any = _jitted(function, 1, places)
+        self._ahead = _Ahead(step.mesh)
 
     def __call__(self, state: Any, sums: Metrics | None, data: Any, indices: Any) -> Metrics:
         """Adds the samples at ``indices``, ``int32[N]``; those at -1 count for nothing."""
         size = self._data.checked_size(data)
         _check_indices(indices, size, self._mesh, lowest=-1)
         new: Metrics = self.jitted(state, _begun(sums, self._names), data, indices)
+        self._ahead.add(new)
         return new
 
 
@@ -225,6 +237,28 @@ class _DeviceData:
             _check(self._loss, data, wait=True)
             self._seen = [weakref.ref(leaf) for leaf in leaves]
         return self._size
+
+
+class _Ahead:
+    """Keeps steps from running far ahead of several devices of one CPU.
+
+    XLA lets some tens of programs wait for such a device, and then one device waits for its turn
+    while the others wait for it, in a collective operation of an earlier step: a deadlock, seen
+    with jax 0.10.1 and its own kernels alone.
+    """
+
+    def __init__(self, mesh: Mesh | None):
+        local = [] if mesh is None else mesh.local_devices
+        self._limits = len(local) > 1 and local[0].platform == "cpu"
+        self._results: collections.deque[Any] = collections.deque()
+
+    def add(self, result: Any) -> None:
+        """Takes what a step gave, and waits for that of some steps before."""
+        if self._limits:
+            # A copy: what a step gives may be given to the next one, and be gone.
+            self._results.append(jax.tree.map(jnp.copy, result))
+            if len(self._results) > _IN_FLIGHT:
+                jax.block_until_ready(self._results.popleft())
 
 
 def _shared_out(

@@ -289,10 +289,10 @@ def test_processes_find_each_other_under_slurm():
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("killed", [0, 1])
 def test_one_killed_ends_the_others_in_one_line_and_the_run_goes_on_bit_for_bit(count, killed):
-    with Job(count, *arguments(epochs=40, out="whole")) as job:
+    with Job(count, *arguments(epochs=8, out="whole")) as job:
         assert job.ended()[0][0] == 0
-    with Job(count, *arguments(epochs=40)) as job:
-        wait_for_epochs(3)
+    with Job(count, *arguments(epochs=8)) as job:
+        wait_for_epochs(2)
         job.processes[killed].kill()
         ended = job.ended(60)
     for number, (status, _, errors) in enumerate(ended):
@@ -306,7 +306,7 @@ def test_one_killed_ends_the_others_in_one_line_and_the_run_goes_on_bit_for_bit(
                 "python -m experiments.finetune --resume run",
                 errors[0],
             )
-    assert len(lines("run")) < 40
+    assert len(lines("run")) < 8
     with Job(count, "--resume", "run") as job:
         assert job.ended()[0][0] == 0
     assert lines("run") == lines("whole")
