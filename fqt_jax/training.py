@@ -21,6 +21,7 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -30,9 +31,10 @@ from fqt_jax.batches import Part, batch_size, default_inputs
 from fqt_jax.batches import pad_batch as pad_batch
 from fqt_jax.estimators.base import Estimator, SplitModel
 from fqt_jax.estimators.full_batch import FullBatch
+from fqt_jax.exchange import Exchange, Mean
 from fqt_jax.losses import CrossEntropy as CrossEntropy
 from fqt_jax.losses import Loss
-from fqt_jax.mesh import axes_of, by_sample, whole
+from fqt_jax.mesh import axes_of, by_sample, replicate, whole
 from fqt_jax.metrics import Metric, check_names, check_per_sample, evaluate_metrics
 from fqt_jax.metrics import Metrics as Metrics
 from fqt_jax.shards import Shard, Statistics
@@ -70,7 +72,12 @@ class TrainState:
 
 
 def create_state(
-    model: nnx.Module, optimizer: optax.GradientTransformation, metrics: Iterable[str] = ()
+    model: nnx.Module,
+    optimizer: optax.GradientTransformation,
+    metrics: Iterable[str] = (),
+    *,
+    exchange: Exchange = Mean(),
+    mesh: Mesh | None = None,
 ) -> tuple[Any, TrainState]:
     """Splits a model into its static structure and the state that training changes.
 
@@ -79,6 +86,7 @@ def create_state(
       optimizer: an Optax optimizer.
       metrics: the names of the metrics that the training step sums besides the loss; the
         dictionary that :func:`make_train_step` takes serves.
+      exchange, mesh: those that :func:`make_train_step` is given.
 
     Returns:
       ``(graphdef, state)``; :func:`merge_model` puts them together again.
@@ -91,7 +99,22 @@ def create_state(
     params, others = jax.tree.map(jnp.copy, (params, others))
     opt_state = jax.jit(optimizer.init)(params)
     zero = Metrics.zero(metrics)
-    return graphdef, TrainState(params, others, opt_state, jnp.zeros((), jnp.int32), zero)
+    kept = () if mesh is None else exchange.init(params, mesh.size)
+    return graphdef, TrainState(params, others, opt_state, jnp.zeros((), jnp.int32), zero, kept)
+
+
+def place_state(state: TrainState, mesh: Mesh) -> TrainState:
+    """A state laid out on the devices of a mesh, as its steps take it.
+
+    With several processes each gives the same values.
+    """
+    own = jax.tree.map(
+        lambda a: jax.make_array_from_callback(a.shape, by_sample(mesh), np.asarray(a).__getitem__),
+        state.exchange,
+    )
+    return dataclasses.replace(
+        replicate(dataclasses.replace(state, exchange=()), mesh), exchange=own
+    )
 
 
 def merge_model(graphdef: Any, state: TrainState) -> Any:
@@ -116,6 +139,7 @@ def make_train_step(
     preprocess: Callable[[Any, jax.Array], Any] | None = None,
     mesh: Mesh | None = None,
     statistics: Statistics = "synchronized",
+    exchange: Exchange = Mean(),
 ) -> TrainStep:
     """Builds the training step.
 
@@ -138,6 +162,8 @@ def make_train_step(
       statistics: what batch norms normalize a shard with on a mesh: those of the whole batch,
         ``"synchronized"``, or the shard's own, ``"local"``. The running ones are the same on all
         devices either way.
+      exchange: how devices bring their gradients together: as floats, or as packed signs
+        (:mod:`fqt_jax.exchange`). The state must have been created with the same.
 
     Returns:
       ``step(state, batch, key) -> (state, loss)``. ``key`` is folded with ``state.step`` and seeds
@@ -192,14 +218,16 @@ def make_train_step(
         n = batch_size(batch)
         model = shard.model(SplitModel(graphdef, state.params, state.others, inputs))
         result = estimator.gradients(model, batch, losses_of, jax.random.fold_in(key, 1))
-        grads = shard.mean(result.grads)
+        grads, kept = result.grads, state.exchange
+        if shard.axes is not None:
+            grads, kept = exchange.reduce(grads, kept, state.step, shard.axes)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         losses = losses_of(result.outputs, batch)
         values = evaluate_metrics(metrics, result.outputs, batch, n)
         sums = shard.added(state.metrics, {"loss": losses, **values})
         others = shard.agreed(state.others, result.others)
-        new = TrainState(params, others, opt_state, state.step + 1, sums)
+        new = TrainState(params, others, opt_state, state.step + 1, sums, kept)
         return new, shard.mean(jnp.sum(losses) / n)
 
     return TrainStep(step, loss, mesh, None if mesh is None else _state_specs(mesh))

@@ -1,7 +1,6 @@
 """Steps on a mesh of eight devices: what one device computes, but for whose draws are whose."""
 
 import dataclasses
-import re
 import subprocess
 import sys
 
@@ -14,6 +13,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import fqt_jax as fqt
+from experiments.bench.traffic import collectives
 from fqt_jax.estimators import FullBatch, OneDraw
 from fqt_jax.mesh import by_sample, data_mesh, replicate, shard_batch, whole
 from fqt_jax.models import VGG, create_model
@@ -247,37 +247,28 @@ def test_batches_are_put_where_the_step_wants_them():
     assert_close(got.params, expected.params, 1e-6)
 
 
-COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter)(?:-start)?\(")
-
-
-def collectives(estimator, statistics="synchronized"):
+def crossing(estimator, statistics="synchronized"):
     graphdef, state = create_state(network(), OPTIMIZER)
     step = make_train_step(
         graphdef, OPTIMIZER, loss=LOSS, estimator=estimator, mesh=mesh(), statistics=statistics
     )
     text = step.jitted.lower(state, samples(), KEY).compile().as_text()
-    return [(kind, sizes(shape)) for shape, kind in COLLECTIVE.findall(text)], state
-
-
-def sizes(shape: str) -> int:
-    """Entries of all arrays of a result, such as ``(f32[3,3]{1,0}, f32[])``."""
-    lists = re.findall(r"[a-z]\w*\[([\d,]*)\]", shape)
-    return sum(int(np.prod([int(n) for n in numbers.split(",") if n])) for numbers in lists)
+    return [(each.kind, each.entries) for each in collectives(text)], state
 
 
 def test_only_parameters_and_statistics_cross_between_devices():
-    found, state = collectives(FullBatch())
+    found, state = crossing(FullBatch())
     parameters = sum(a.size for a in floats(state.params))
     statistics = sum(a.size for a in floats(state.others))
     assert {kind for kind, _ in found} == {"all-reduce"}
     # Forward and backward statistics: five moments at most, four channels' sums; loss and counts.
     assert parameters < sum(size for _, size in found) < parameters + 8 * statistics + 8
-    found, _ = collectives(FullBatch(), "local")
+    found, _ = crossing(FullBatch(), "local")
     assert sum(size for _, size in found) == parameters + statistics + 3
 
 
 def test_a_draw_from_the_batch_moves_rows_and_nothing_else():
-    found, _ = collectives(OneDraw(scope="batch"))
+    found, _ = crossing(OneDraw(scope="batch"))
     gathered = [size for kind, size in found if kind == "all-gather"]
     assert sorted(gathered) == [2 * DEVICES, 32]  # seeds, and a number for each sample
     moved = [size for kind, size in found if kind == "reduce-scatter"]

@@ -13,6 +13,7 @@ from experiments.runs.kinds import kind_named
 from experiments.runs.ranges import check_numbers
 from fqt_jax.estimators import Estimator, FullBatch, OneDraw
 from fqt_jax.estimators.one_draw import Scope
+from fqt_jax.exchange import Exchange, Mean, Signs
 from fqt_jax.kernels import check_implementation
 from fqt_jax.models import MODELS, has_stem
 from fqt_jax.optimizers import OptimizerConfig
@@ -149,6 +150,12 @@ class RunConfig:
     """What one-draw draws from on several devices: each one's shard, which is the default, or the
     whole batch."""
 
+    reduce: Literal["floats", "signs"] | None = None
+    """How several devices bring their gradients together: as floats, which is the default, or as
+    packed signs with error feedback, as 1-bit Adam does."""
+    reduce_warmup: float = 0.15
+    """Part of the run's steps that takes floats first, while Adam's second moment settles."""
+
     seed: int = 0
     """Decides initialization, order, augmentation and rounding."""
     implementation: str | None = None
@@ -200,6 +207,13 @@ class RunConfig:
             raise UserError("draw_from has no effect without one-draw.")
         if self.draw_from == "batch" and self.batch_statistics == "local":
             raise UserError("draw_from batch needs synchronized batch-statistics, not local ones.")
+        if self.reduce != "signs" and self.reduce_warmup != 0.15:
+            raise UserError("reduce_warmup has no effect: reduce is not signs.")
+        if self.reduce == "signs":
+            if self.optimizer != "adam":
+                raise UserError(f"reduce signs is of the optimizer adam; got {self.optimizer}.")
+            if self.clip_norm is not None:
+                raise UserError("reduce signs and clip_norm cannot be combined.")
         if self.out is not None and self.resume is not None:
             raise UserError("give either out, for a new run, or resume, for one that exists.")
         try:  # now, before any data are read and any folder is made
@@ -280,6 +294,12 @@ class RunConfig:
             ema_decay=self.ema_decay,
             freeze=self.freeze,
         )
+
+    def build_exchange(self, total_steps: int) -> Exchange:
+        """How the run's devices bring their gradients together."""
+        if self.reduce != "signs":
+            return Mean()
+        return Signs(warmup=max(1, round(self.reduce_warmup * total_steps)))
 
     def filled_in(self) -> dict[str, Any]:
         """What options that were left open stand for, as far as the data do not decide."""

@@ -34,7 +34,7 @@ def mesh_of(config: RunConfig) -> jax.sharding.Mesh | None:
     if config.diagnose and processes > 1:
         raise UserError("diagnose is of one process: a gradient is looked at on one device.")
     if count == 1:
-        for name in ("batch_statistics", "draw_from"):
+        for name in ("batch_statistics", "draw_from", "reduce"):
             if getattr(config, name) is not None:
                 raise UserError(f"{name} has no effect on one device: it is of several.")
         return None

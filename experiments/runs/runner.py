@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from experiments import process
 from experiments.cli import UserError
 from experiments.data.schedule import Part
-from experiments.distributed import Agreement, several, wait_for_all
+from experiments.distributed import Agreement, gathered, several, wait_for_all
 from experiments.process import Interrupted, StopOnSignal
 from experiments.runs import reporting
 from experiments.runs.batches import Batches, batches
@@ -46,7 +46,8 @@ from experiments.runs.tasks import Task, resolved
 from fqt_jax.averaging import averaged_parameters
 from fqt_jax.batches import take
 from fqt_jax.checkpoints import nonfinite_arrays, read_metadata, restore_checkpoint
-from fqt_jax.training import TrainState, create_state, reset_metrics
+from fqt_jax.exchange import Signs
+from fqt_jax.training import TrainState, create_state, place_state, reset_metrics
 
 _IN_FLIGHT = 4
 """Steps dispatched ahead of the device, so that it never waits, nor the user after Ctrl-C."""
@@ -125,8 +126,13 @@ def _steps(
     config: RunConfig, task: Task, graphdef: Any, total_steps: int, mesh: Mesh | None
 ) -> Steps:
     dataset = task.dataset
-    optimizer = config.build_optimizer().build(nnx.state(task.model, nnx.Param), total_steps)
-    train_step = build_train_step(config, dataset, graphdef, optimizer, augments=True, mesh=mesh)
+    exchange, options = config.build_exchange(total_steps), config.build_optimizer()
+    if isinstance(exchange, Signs):
+        options = dataclasses.replace(options, second_moment_steps=exchange.warmup)
+    optimizer = options.build(nnx.state(task.model, nnx.Param), total_steps)
+    train_step = build_train_step(
+        config, dataset, graphdef, optimizer, augments=True, mesh=mesh, exchange=exchange
+    )
     return Steps(optimizer, train_step, build_eval_step(dataset, graphdef, mesh))
 
 
@@ -149,6 +155,7 @@ class _Run:
         config.check_batch(len(dataset.train))
         self.steps_per_epoch = len(dataset.train) // config.batch_size
         self.total_steps = self.steps_per_epoch * config.epochs
+        self.exchange = config.build_exchange(self.total_steps)
         graphdef = nnx.graphdef(task.model)
         program = (graphdef, config.compiled())
         if program not in shared:
@@ -167,9 +174,18 @@ class _Run:
         self.diagnosis = Diagnosis(config, dataset, graphdef, state) if config.diagnose else None
 
     def _beginning(self) -> TrainState:
-        _, state = create_state(self.task.model, self.steps.optimizer, self.of.metrics)
+        _, state = create_state(
+            self.task.model,
+            self.steps.optimizer,
+            self.of.metrics,
+            exchange=self.exchange,
+            mesh=self.mesh,
+        )
         opt_state = self.config.build_optimizer().set_rates(state.opt_state)
-        return placed(dataclasses.replace(state, opt_state=opt_state), self.mesh)
+        return self._placed(dataclasses.replace(state, opt_state=opt_state))
+
+    def _placed(self, state: TrainState) -> TrainState:
+        return state if self.mesh is None else place_state(state, self.mesh)
 
     def go(self) -> dict[str, Any]:
         wait_for_all("the run's folder")
@@ -239,7 +255,18 @@ class _Run:
 
     def _read(self, path: pathlib.Path, state: TrainState) -> TrainState:
         """A saved state, where the states of this run lie."""
-        return placed(restore_checkpoint(path, state), self.mesh)
+        if not isinstance(self.exchange, Signs) or self.mesh is None:
+            return self._placed(restore_checkpoint(path, state))
+        # What each device keeps is of as many as there were when it was saved.
+        kept = self.exchange.init(state.params, read_metadata(path)["devices"])
+        state = restore_checkpoint(path, dataclasses.replace(state, exchange=kept))
+        kept = self.exchange.moved(state.exchange, state.params, self.mesh.size)
+        same = kept.error.shape == state.exchange.error.shape
+        return self._placed(state if same else dataclasses.replace(state, exchange=kept))
+
+    def _gathered(self) -> TrainState:
+        """The state with what each device keeps for itself, where this process can read all."""
+        return dataclasses.replace(self.state, exchange=gathered(self.state.exchange))
 
     def _train_epoch(
         self, epoch: int, made: Batches, stop: StopOnSignal, progress: reporting.Progress
@@ -327,7 +354,7 @@ class _Run:
 
     def _save(self) -> None:
         best = best_epoch(self.history)["step"] if self.history else None
-        self.checkpoints.save(self.state, self._metadata(), best=best)
+        self.checkpoints.save(self._gathered(), self._metadata(), best=best)
         self.saved_at = time.perf_counter()
 
     def _save_and_stop(self, epoch: int) -> NoReturn:
@@ -341,7 +368,7 @@ class _Run:
 
     def _check_finite(self, epoch: int) -> None:
         """The losses are those before each update; this sees what the last one has done."""
-        wrong = nonfinite_arrays(self.state)
+        wrong = nonfinite_arrays(self._gathered())
         if wrong:
             arrays = len(jax.tree.leaves(self.state))
             raise self._diverged(
@@ -382,6 +409,7 @@ class _Run:
         return {
             "experiment": self.kind,
             "config": self.config.to_json(),
+            "devices": 1 if self.mesh is None else self.mesh.size,
             "num_classes": self.task.dataset.num_classes,
             "start": self.start,
             "history": self.history,

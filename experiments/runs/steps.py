@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from experiments.data import Dataset, Streamed
 from experiments.runs.config import RunConfig
 from experiments.runs.kinds import Preprocess, kind_of
+from fqt_jax.exchange import Exchange, Mean
 from fqt_jax.training import (
     CrossEntropy,
     TrainState,
@@ -34,6 +35,7 @@ def build_train_step(
     *,
     augments: bool = False,
     mesh: Mesh | None = None,
+    exchange: Exchange = Mean(),
 ) -> Step:
     """The training step of a run: ``step(state, *batch, key) -> (state, loss)``.
 
@@ -46,7 +48,7 @@ def build_train_step(
       graphdef: structure of the model.
       optimizer: the optimizer.
       augments: whether images are augmented; a stream has its own augmentation.
-      mesh: the devices, where there are several.
+      mesh, exchange: the devices, where there are several, and how they reduce gradients.
     """
     kind, loss = kind_of(dataset), CrossEntropy(dataset.num_classes, config.label_smoothing)
     step = make_train_step(
@@ -58,6 +60,7 @@ def build_train_step(
         preprocess=kind.training(config, dataset) if augments else _without_key(dataset),
         mesh=mesh,
         statistics=config.batch_statistics or "synchronized",
+        exchange=exchange,
     )
     return step if isinstance(dataset.train, Streamed) else gather_on_device(step)
 

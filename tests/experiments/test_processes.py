@@ -87,6 +87,22 @@ def test_a_run_moves_from_eight_devices_to_two_and_is_that_of_one(monkeypatch):
         np.testing.assert_allclose(parameters("run")[name], value, rtol=1e-3, atol=1e-4)
 
 
+def test_what_signs_leave_out_is_saved_and_moves_with_the_run(monkeypatch):
+    options = {"recipe": "qat", "reduce": "signs", "reduce_warmup": 0.2, "devices": 4}
+    main(tiny(**options, out=pathlib.Path("whole")))
+    for devices, out in ((4, "same"), (2, "fewer")):
+        with monkeypatch.context() as patch:
+            stopping_at(patch, 4)
+            with pytest.raises(cli.Interrupted):
+                main(tiny(**options, out=pathlib.Path(out)))
+        main(FinetuneConfig(resume=pathlib.Path(out), devices=devices))
+    assert lines("same") == lines("whole")
+    for name, value in parameters("whole").items():
+        np.testing.assert_array_equal(parameters("same")[name], value)
+    assert parameters("fewer")["exchange.error"].shape[0] == 2
+    assert np.abs(parameters("whole")["exchange.error"]).max() > 0
+
+
 @pytest.mark.parametrize("stream", ["no", "yes"])
 def test_one_draw_from_the_batch_and_streams_run_on_devices(stream):
     options = {"epochs": 1, "stream": stream, "devices": "all", "one_draw": True}
@@ -116,6 +132,14 @@ def test_options_about_devices_that_contradict_each_other_are_named():
         tiny(devices=0)
     with pytest.raises(cli.UserError, match="draw_from has no effect without one-draw"):
         tiny(draw_from="batch")
+    with pytest.raises(cli.UserError, match="reduce signs is of the optimizer adam; got sgd"):
+        tiny(reduce="signs", optimizer="sgd")
+    with pytest.raises(cli.UserError, match="reduce signs and clip_norm cannot be combined"):
+        tiny(reduce="signs", clip_norm=1.0)
+    with pytest.raises(cli.UserError, match="reduce_warmup has no effect: reduce is not signs"):
+        tiny(reduce_warmup=0.5)
+    with pytest.raises(cli.UserError, match=r"reduce_warmup must be in \(0, 1\); got 1"):
+        tiny(reduce="signs", reduce_warmup=1.0)
     with pytest.raises(cli.UserError, match="draw_from batch needs synchronized batch-statistics"):
         tiny(one_draw=True, draw_from="batch", batch_statistics="local")
 
