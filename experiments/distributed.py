@@ -150,14 +150,17 @@ def gathered(tree: Any) -> Any:
 class Agreement:
     """Questions that any process may answer with yes, and to which all get the same answer.
 
-    An answer comes some questions late, so that no process waits for another.
+    An answer comes some questions late, so that no process waits for another; but on CPUs, where
+    programs that were started one after the other may run in any order, and the collective
+    operations of two of them would meet each other.
 
     Args:
       late: how many questions an answer is late, with several processes.
     """
 
     def __init__(self, late: int):
-        self._late = late if several() else 0
+        self._waits = jax.default_backend() == "cpu"
+        self._late = late if several() and not self._waits else 0
         self._asked: collections.deque[jax.Array] = collections.deque()
         if several():
             devices = np.array(jax.devices())
@@ -167,10 +170,17 @@ class Agreement:
             together = jax.sharding.NamedSharding(mesh, spec())
             self._any = jax.jit(lambda yes: yes.max(axis=0), out_shardings=together)
 
-    def ask(self, *yes: bool) -> tuple[bool, ...]:
-        """Whether any process said yes to each of some questions, some calls ago."""
+    def ask(self, *yes: bool, after: Any = ()) -> tuple[bool, ...]:
+        """Whether any process said yes to each of some questions, some calls ago.
+
+        Args:
+          yes: this process' answers.
+          after: results of what was started before.
+        """
         if not several():
             return yes
+        if self._waits:
+            jax.block_until_ready(after)
         mine = np.tile(np.array(yes, np.int32), (jax.local_device_count(), 1))
         self._asked.append(self._any(jax.make_array_from_process_local_data(self._apart, mine)))
         if len(self._asked) <= self._late:

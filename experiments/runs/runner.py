@@ -301,7 +301,9 @@ class _Run:
             elif len(in_flight) > _IN_FLIGHT:
                 # The loss of a step long dispatched: the device is not kept waiting for it.
                 wait()
-            stopping, saving = self.agreement.ask(stop.requested, self._minutes_are_over())
+            stopping, saving = self.agreement.ask(
+                stop.requested, self._minutes_are_over(), after=loss
+            )
             if i + 1 < self.steps_per_epoch and (stopping or saving):
                 while in_flight:
                     wait()
