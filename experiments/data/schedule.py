@@ -32,6 +32,7 @@ class Schedule:
       stratify: whether a batch is laid out by label (:func:`epoch_order`).
       test_each_epoch: whether the test follows after each epoch too.
       share, shares: which of how many equal pieces of each batch is made.
+      devices: that share each batch (``pieces`` of :func:`epoch_order`).
 
     Raises:
       DataError: there are fewer training examples than one batch, or it has no equal pieces.
@@ -57,6 +58,7 @@ class Schedule:
     test_each_epoch: bool = False
     share: int = 0
     shares: int = 1
+    devices: int = 1
 
     def __post_init__(self) -> None:
         if self.batch_size > len(self.train):
@@ -133,4 +135,5 @@ class Schedule:
 def _order(schedule: Schedule, epoch: int) -> np.ndarray:
     labels = schedule.train.labels if schedule.stratify else None
     n = len(schedule.train)
-    return epoch_order(n, schedule.batch_size, schedule.seed, epoch, labels=labels)
+    size, seed, pieces = schedule.batch_size, schedule.seed, schedule.devices
+    return epoch_order(n, size, seed, epoch, labels=labels, pieces=pieces)

@@ -62,6 +62,7 @@ def batches(config: RunConfig, dataset: Dataset, mesh: Mesh | None = None) -> Ba
         test_each_epoch=config.test_each_epoch,
         share=jax.process_index(),
         shares=jax.process_count(),
+        devices=1 if mesh is None else mesh.size,
     )
     return Stream(schedule, config.workers or 0, mesh)
 
@@ -92,7 +93,10 @@ class Held:
     def train(self, epoch: int, first: int) -> Iterator[tuple[Any, ...]]:
         config, labels = self._config, self._dataset.train.labels
         by = labels if config.stratify else None
-        order = epoch_order(len(labels), config.batch_size, config.seed, epoch, labels=by)
+        pieces = 1 if self._mesh is None else self._mesh.size
+        order = epoch_order(
+            len(labels), config.batch_size, config.seed, epoch, labels=by, pieces=pieces
+        )
         return ((self._train, shared_indices(indices, self._mesh)) for indices in order[first:])
 
     def evaluate(self, part: Part, epoch: int) -> Iterator[tuple[Any, ...]]:

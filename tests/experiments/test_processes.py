@@ -254,7 +254,7 @@ class Job:
         for each in self.processes:
             with contextlib.suppress(ProcessLookupError):
                 each.kill()
-            each.wait()
+            each.communicate()
 
 
 def arguments(**changes) -> list[str]:
