@@ -101,7 +101,10 @@ CASES: list[tuple[str, str]] = [
     ),
     ("finetune --dataset pydoc --model gpt_small", "give a --checkpoint, or --from-scratch"),
     ("finetune --dataset pydoc --model gpt_small --weights a.pth", "weights of others are of"),
-    ("gradient_statistics --dataset pydoc --model gpt_small", "pydoc is text"),
+    ("gradient_statistics --dataset pydoc", "vgg_small takes images, and pydoc is text"),
+    ("estimators --dataset pydoc --model gpt_small --image-size 8", "image_size has no effect on"),
+    ("tables --datasets pydoc:from_scratch --models lstm", "goes with none of lstm"),
+    ("predict a.safetensors photos/a/0.png --prompt for", "give either images, or a --prompt"),
     ("speed --model lstm", "unknown model 'lstm'"),
     # Patterns and files
     ("finetune --from-scratch --freeze head[", "freeze"),

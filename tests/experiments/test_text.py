@@ -10,7 +10,7 @@ from pydoc_data import topics
 import numpy as np
 import pytest
 
-from experiments import export, predict, report
+from experiments import estimators, export, gradient_statistics, predict, report
 from experiments.cli import UserError
 from experiments.data import DataError, Sequences, load, text
 from experiments.finetune import FinetuneConfig
@@ -143,6 +143,26 @@ def test_a_run_on_text_starts_from_another_and_resumes(tiny_text):
     finetune(FinetuneConfig(resume=pathlib.Path("run")))
     again = json.loads(pathlib.Path("run/summary.json").read_text())
     assert again["test_bits"] == summary["test_bits"]
+
+
+@pytest.mark.slow
+def test_gradients_of_text_are_measured(tiny_text):
+    out = pathlib.Path("noise")
+    options = TINY | {"epochs": 1, "width": 1.0}
+    measured = {"estimators": ("psq1", "fqt1:one_draw"), "images": 16, "draws": 16, "layers": True}
+    estimators.main(estimators.EstimatorsConfig(**options, **measured, out=out))
+    rows = (out / "tables.md").read_text()
+    assert "n = 16 sequences" in rows
+    assert all(f"| blocks/0/attention/{part} |" in rows for part in ("q", "k", "v", "out"))
+    out = pathlib.Path("statistics")
+    measured = {"recipe": "fqt1", "diagnosed_images": 4, "draws": 2, "precision": 9.0, "passes": 1}
+    gradient_statistics.main(gradient_statistics.StatisticsConfig(**options, **measured, out=out))
+    errors = json.loads((out / "errors.json").read_text())
+    found = {
+        row["quantization"]: row["predicted"] for row in errors if row["layer"] == "blocks/0/up"
+    }
+    # One scale for all tokens of a sequence is never less noise than one for each.
+    assert found["psq, whole inputs"] > found["psq"] > 0
 
 
 @pytest.mark.slow
