@@ -271,13 +271,15 @@ def _kernels(tree: Any) -> dict[str, jax.Array]:
     """The layers' kernels, by the path of the layer; of attention queries, keys and values."""
     found: dict[str, jax.Array] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = leaf_name(path)
-        if name.endswith("qkv.kernel"):
-            stem = name.removesuffix("qkv.kernel").replace(".", "/")
+        *names, last = leaf_name(path).split(".")
+        if last != "kernel":
+            continue
+        if "qkv" in names:
+            stem = "/".join([*names[: names.index("qkv")], ""])
             parts = jnp.split(leaf, 3, axis=1)
             found |= {stem + part: kernel for part, kernel in zip("qkv", parts, strict=True)}
-        elif name.endswith("kernel"):
-            found[name.removesuffix(".kernel").replace(".", "/")] = leaf
+        else:
+            found["/".join(names)] = leaf
     return found
 
 

@@ -38,7 +38,10 @@ def test_no_deviation_is_no_error():
 
 def test_queries_keys_and_values_are_kernels_of_their_own():
     kernel = np.arange(12.0).reshape(2, 6)
-    tree = {"attention": {"qkv": {"kernel": kernel, "bias": kernel}}, "up": {"kernel": kernel}}
+    tree = {
+        "attention": {"qkv": {"layer": {"kernel": kernel}, "bias": kernel}},
+        "up": {"kernel": kernel},
+    }
     found = _kernels(tree)
     assert list(found) == ["attention/q", "attention/k", "attention/v", "up"]
     np.testing.assert_array_equal(found["attention/k"], kernel[:, 2:4])
