@@ -42,28 +42,24 @@ def zero_grid(lo: Any, hi: Any, bits: int) -> tuple[Any, Any]:
     Example:
       >>> zero_grid(np.float64(-1.0), np.float64(6.5), bits=4)  # 2 steps below zero and 13 above
       (np.float64(-1.0), np.float64(7.5))
-      >>> zero_grid(np.float64(-1.0), np.float64(6.0), bits=4)  # 3 below and 12 above
-      (np.float64(-1.5), np.float64(7.5))
+      >>> zero_grid(np.float64(-1.0), np.float64(5.0), bits=4)  # 3 below and 12 above
+      (np.float64(-1.25), np.float64(6.25))
     """
     xp = jnp if not isinstance(lo, np.ndarray | np.generic) else np
     steps = 2**bits - 1
     below, above = xp.maximum(-lo, 0), xp.maximum(hi, 0)
     span = below + above
     best = below / xp.where(span == 0, 1, span) * steps  # if it need not be a whole number
+    fewer, more = (
+        xp.clip(a, xp.where(below > 0, 1, 0), steps - xp.where(above > 0, 1, 0))
+        for a in (xp.floor(best), xp.ceil(best))
+    )
 
     def step(a: Any) -> Any:
-        infinity = xp.asarray(xp.inf, a.dtype)
-        under = xp.where(a > 0, below / xp.maximum(a, 1), xp.where(below > 0, infinity, 0))
-        left = steps - a
-        over = xp.where(left > 0, above / xp.maximum(left, 1), xp.where(above > 0, infinity, 0))
-        return xp.maximum(under, over)
+        return xp.maximum(below / xp.maximum(a, 1), above / xp.maximum(steps - a, 1))
 
-    fewer, more = xp.floor(best), xp.ceil(best)
-    fewer_is_finer = step(fewer) <= step(more)
-    a = xp.where(fewer_is_finer, fewer, more)
-    finest = step(a)
-    # A NaN has to go on: comparisons with it are false, and the range would be one of numbers.
-    return -a * finest, finest * steps + 0 * span
+    a = xp.where(step(fewer) <= step(more), fewer, more)
+    return -a * step(a), steps * step(a)
 
 
 GRIDS: dict[str, Callable[[Any, Any, int], tuple[Any, Any]]] = {
