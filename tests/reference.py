@@ -191,12 +191,15 @@ def mask_variance(g: np.ndarray, p: np.ndarray) -> np.ndarray:
     return (1 - p) / p * np.asarray(g, np.float64) ** 2
 
 
-def pruned_rounded_variance(g: np.ndarray, p: np.ndarray, bits: int, group_axis: int) -> float:
+def pruned_rounded_variance(
+    g: np.ndarray, p: np.ndarray, bits: int, group_axis: int, grid: str = "range"
+) -> float:
     """``sum_i [SR_i / p_i + (1 - p_i) / p_i |g_i|^2]``."""
     shape = [1] * g.ndim
     shape[group_axis] = -1
     p = p.reshape(shape)
-    return float((rounding_variance(g, bits, group_axis) / p + mask_variance(g, p)).sum())
+    rounding = rounding_variance(g, bits, group_axis, grid)
+    return float((rounding / p + mask_variance(g, p)).sum())
 
 
 # Statistics of repeated draws
