@@ -26,6 +26,8 @@ def test_the_grid_is_the_finest_with_a_level_at_zero(below, above, one_sided, bi
     np.testing.assert_allclose((lowest, value_range), reference.zero_grid(lo, hi, bits), rtol=1e-12)
     assert lowest <= min(lo, 0)
     assert lowest + value_range >= hi * (1 - 1e-12)
+    steps = 2**bits - 1
+    assert value_range / steps <= (max(-lo, 0) + hi) / (steps - 1) * (1 + 1e-12)
     of_jax = jax.jit(zero_grid, static_argnums=2)(jnp.float32(lo), jnp.float32(hi), bits)
     np.testing.assert_allclose(of_jax, (lowest, value_range), rtol=1e-5)
 
