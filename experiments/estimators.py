@@ -336,7 +336,7 @@ _FLOAT_GRADIENT: dict[str, Any] = {
     "recipe": "qat",
     "one_draw": False,
     "stratify": False,
-} | dict.fromkeys(("bits", "keep", "sampler", "importance", "groups", "prune"))
+} | dict.fromkeys(("bits", "keep", "sampler", "importance", "groups", "prune", "grid"))
 
 
 def write(config: EstimatorsConfig, found: dict[str, list[Measured]], folder: pathlib.Path) -> None:

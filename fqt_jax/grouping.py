@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from fqt_jax.grids import GRIDS
 from fqt_jax.importance import GroupStatistics, sum_of_squares
 from fqt_jax.kernels.contract import Rounding
 from fqt_jax.pruning import draw_groups
@@ -32,7 +33,7 @@ def roundings(
 
     Args:
       g: ``float32[N, H', W', O]``.
-      quantizer: bits, keep, sampler, importance, groups, prune.
+      quantizer: bits, keep, sampler, importance, groups, prune, grid.
       seeds: four of ``uint32[2]``: sample draw, channel draw, input rounding, weight rounding.
       bounds: those minima and maxima, ``float32[N, O]``, where they are known already.
 
@@ -55,9 +56,10 @@ def roundings(
     def rounding(grouping: Grouping, seed: jax.Array) -> Rounding:
         kept = selection(grouping.pruned)
         least, most = _bounds(lo, hi, grouping, kept)
+        lowest, value_range = GRIDS[quantizer.grid](least, most, quantizer.bits)
         return Rounding(
-            least,
-            clamp_range(most - least),
+            lowest,
+            clamp_range(value_range),
             seed,
             samples=kept if grouping.pruned == "samples" else None,
             channels=kept if grouping.pruned == "channels" else None,

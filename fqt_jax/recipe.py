@@ -7,6 +7,7 @@ import math
 from collections.abc import Collection
 from typing import Literal, NamedTuple, get_args
 
+from fqt_jax.grids import GRIDS, Grid
 from fqt_jax.importance import IMPORTANCES, Importance
 from fqt_jax.samplers import SAMPLERS, Sampler, SamplerName, as_sampler
 
@@ -77,10 +78,13 @@ class GradientQuantizer:
       prune: which groups the weight gradient keeps. ``"channels"``: output channels, drawn anew
         (the paper). ``"shared"``: the samples already drawn for the input gradient, with
         their weights folded in before rounding.
+      grid: where the levels of a group lie. ``"range"``: from its minimum to its maximum (the
+        paper). ``"zero"``: as far, with one level at zero (:func:`fqt_jax.grids.zero_grid`), so
+        that small entries are rounded with little noise. It takes at least 2 bits.
 
     Raises:
-      ValueError: a field is outside the values listed above, or ``groups="sample"`` would have to
-        prune channels.
+      ValueError: a field is outside the values listed above, ``groups="sample"`` would have to
+        prune channels, or ``grid="zero"`` has one bit.
       TypeError: ``bits`` is not an ``int``, ``keep`` not a number, or the sampler has no value of
         its own to be compared by.
 
@@ -105,6 +109,7 @@ class GradientQuantizer:
     importance: Importance = "range"
     groups: Groups = "sample_channel"
     prune: Prune = "channels"
+    grid: Grid = "range"
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int):
@@ -119,6 +124,9 @@ class GradientQuantizer:
         _check_choice("importance", self.importance, IMPORTANCES)
         _check_choice("groups", self.groups, get_args(Groups))
         _check_choice("prune", self.prune, get_args(Prune))
+        _check_choice("grid", self.grid, GRIDS)
+        if self.grid == "zero" and self.bits == 1:
+            raise ValueError("grid='zero' needs at least 2 bits: one bit has two levels.")
         if self.groups == "sample" and self.prune == "channels" and self.keep_fraction < 1:
             raise ValueError(
                 "groups='sample' prunes samples for both products: set prune='shared'."
@@ -164,6 +172,8 @@ class GradientQuantizer:
             if self.importance != "range":
                 detail.append(f"by {self.importance}")
             text += f" of {self.keep_fraction:.0%} ({', '.join(detail)})"
+        if self.grid != "range":
+            text += f" with a level at {self.grid}"
         return text
 
 

@@ -98,6 +98,18 @@ def code_scale(value_range, bits: int) -> np.ndarray:
     return np.float32((2**bits - 1) * 65536) / np.asarray(value_range, np.float32)
 
 
+def zero_grid(lo: float, hi: float, bits: int) -> tuple[float, float]:
+    """Tries every number of steps below zero: the lowest level and the range of the finest."""
+    steps = 2**bits - 1
+    finest = np.inf, 0
+    for below in range(steps + 1):
+        sides = ((max(-lo, 0.0), below), (max(hi, 0.0), steps - below))
+        step = max(side / n if n else (np.inf if side > 0 else 0.0) for side, n in sides)
+        finest = min(finest, (step, below))
+    step, below = finest
+    return -below * step, steps * step
+
+
 def quantized(g: np.ndarray, rounding) -> tuple[np.ndarray, np.ndarray]:
     """The codes and the quantized gradient, both of the shape of ``g``, zero where dropped.
 
@@ -158,12 +170,17 @@ def keep_probabilities(importance: np.ndarray, k: int) -> np.ndarray:
 # Variances
 
 
-def rounding_variance(g: np.ndarray, bits: int, group_axis: int | None) -> np.ndarray:
+def rounding_variance(
+    g: np.ndarray, bits: int, group_axis: int | None, grid: str = "range"
+) -> np.ndarray:
     """``(R / B)^2 f (1 - f)`` of each entry, for groups along one axis or the whole array."""
     g = np.asarray(g, np.float64)
     reduced = tuple(a for a in range(g.ndim) if a != group_axis)
-    lo = g.min(axis=reduced, keepdims=True)
-    step = (g.max(axis=reduced, keepdims=True) - lo) / (2**bits - 1)
+    lo, hi = g.min(axis=reduced, keepdims=True), g.max(axis=reduced, keepdims=True)
+    value_range = hi - lo
+    if grid == "zero":
+        lo, value_range = np.vectorize(zero_grid)(lo, hi, bits)
+    step = value_range / (2**bits - 1)
     position = (g - lo) / np.where(step == 0, 1, step)
     fraction = position - np.floor(position)
     return step**2 * fraction * (1 - fraction)
@@ -174,12 +191,15 @@ def mask_variance(g: np.ndarray, p: np.ndarray) -> np.ndarray:
     return (1 - p) / p * np.asarray(g, np.float64) ** 2
 
 
-def pruned_rounded_variance(g: np.ndarray, p: np.ndarray, bits: int, group_axis: int) -> float:
+def pruned_rounded_variance(
+    g: np.ndarray, p: np.ndarray, bits: int, group_axis: int, grid: str = "range"
+) -> float:
     """``sum_i [SR_i / p_i + (1 - p_i) / p_i |g_i|^2]``."""
     shape = [1] * g.ndim
     shape[group_axis] = -1
     p = p.reshape(shape)
-    return float((rounding_variance(g, bits, group_axis) / p + mask_variance(g, p)).sum())
+    rounding = rounding_variance(g, bits, group_axis, grid)
+    return float((rounding / p + mask_variance(g, p)).sum())
 
 
 # Statistics of repeated draws

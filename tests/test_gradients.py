@@ -1,5 +1,7 @@
 """Estimators of the gradient."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,7 +81,12 @@ def test_drawing_all_rows_without_norms_is_the_whole_batch():
     np.testing.assert_array_equal(got.outputs, expected.outputs)
 
 
-@pytest.mark.parametrize("recipe", [fqt.QAT, fqt.FQT1])
+ZERO_GRID = dataclasses.replace(
+    fqt.FQT1, gradient=dataclasses.replace(fqt.FQT1.gradient, grid="zero")
+)
+
+
+@pytest.mark.parametrize("recipe", [fqt.QAT, fqt.FQT1, ZERO_GRID])
 def test_without_norms_the_drawn_gradient_is_unbiased(recipe):
     # The model's own stream of rounding keys is part of its state: vary it with the draw.
     model, batch, loss = plain_task(recipe)

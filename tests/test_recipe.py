@@ -41,6 +41,7 @@ def unpruned(**options) -> GradientQuantizer:
         (GradientQuantizer, "importance", ("range", "norm")),
         (unpruned, "groups", ("sample_channel", "sample", "tensor")),
         (GradientQuantizer, "prune", ("channels", "shared")),
+        (GradientQuantizer, "grid", ("range", "zero")),
         (Recipe, "scale", ("mean_abs", "none", "learned", "learned_from_one")),
         (Recipe, "weights", ("binary", "float")),
     ],

@@ -14,6 +14,7 @@ from experiments.runs.ranges import check_numbers
 from fqt_jax.estimators import Estimator, FullBatch, OneDraw
 from fqt_jax.estimators.one_draw import Scope
 from fqt_jax.exchange import Exchange, Mean, Signs
+from fqt_jax.grids import Grid
 from fqt_jax.kernels import check_implementation
 from fqt_jax.models import MODELS, has_stem
 from fqt_jax.optimizers import OptimizerConfig
@@ -55,7 +56,7 @@ class RunConfig:
 
     recipe: str = "fqt1"
     """Recipe: full_precision, qat, psq1, fqt1 or fqt1_plus, or qat_activations, with float weights,
-    the first of two steps. The next eleven change parts of it."""
+    the first of two steps. The next twelve change parts of it."""
     bits: int | None = None
     """Bits of a gradient code, 1 to 8."""
     keep: float | None = None
@@ -68,6 +69,8 @@ class RunConfig:
     """The entries that share one scale."""
     prune: Prune | None = None
     """What the weight gradient keeps."""
+    grid: Grid | None = None
+    """Where the levels of a group lie: on its range, or with one at zero."""
     scale: Scale | None = None
     """The weights' scale: their mean, none, or learned, from that mean or from 1 on."""
     clip: bool | None = None
@@ -242,7 +245,9 @@ class RunConfig:
         """The named recipe with the parts that were changed."""
         recipe = recipe_by_name(self.recipe)
         changes = _given(self, ("scale", "clip", "threshold"))
-        of_gradient = _given(self, ("bits", "keep", "sampler", "importance", "groups", "prune"))
+        of_gradient = _given(
+            self, ("bits", "keep", "sampler", "importance", "groups", "prune", "grid")
+        )
         if of_gradient:
             if recipe.gradient is None:
                 raise UserError(
@@ -334,6 +339,7 @@ RECIPE_PARTS = (
     "importance",
     "groups",
     "prune",
+    "grid",
     "scale",
     "clip",
     "threshold",

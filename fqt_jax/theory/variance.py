@@ -14,6 +14,7 @@ from typing import NamedTuple, get_args
 import numpy as np
 import numpy.typing as npt
 
+from fqt_jax.grids import GRIDS, Grid
 from fqt_jax.recipe import GradientQuantizer, GroupAxis, Product
 from fqt_jax.rounding import MIN_RANGE
 from fqt_jax.samplers import Sampler
@@ -49,16 +50,24 @@ class GradientError(NamedTuple):
         return self.rounding + self.mask + self.bias
 
 
-def rounding_variance(g: npt.ArrayLike, bits: int, axis: int | tuple[int, ...] | None = 0) -> Float:
+def rounding_variance(
+    g: npt.ArrayLike,
+    bits: int,
+    axis: int | tuple[int, ...] | None = 0,
+    *,
+    grid: Grid = "range",
+) -> Float:
     r"""Variance of each entry under stochastic rounding, :math:`(R / B)^2 f (1 - f)`.
 
     ``R`` is the range of the entry's group, :math:`B = 2^b - 1`, and ``f`` the fractional part of
-    :math:`B (g - \mathrm{lo}) / R`. At most :math:`R^2 / (4 B^2)`.
+    :math:`B (g - \mathrm{lo}) / R`. At most :math:`R^2 / (4 B^2)`. With ``grid="zero"``, ``lo`` and
+    ``R`` are those of the grid with a level at zero.
 
     Args:
       g: gradient, any shape.
       bits: width of a code.
       axis: the axes that tell the groups apart; ``None`` makes one group of all.
+      grid: where the levels lie (:data:`fqt_jax.grids.GRIDS`).
 
     Returns:
       ``float64`` of the shape of ``g``.
@@ -71,12 +80,9 @@ def rounding_variance(g: npt.ArrayLike, bits: int, axis: int | tuple[int, ...] |
     own = () if axis is None else ((axis,) if isinstance(axis, int) else axis)
     reduced = tuple(a for a in range(g.ndim) if a not in {o % g.ndim for o in own})
     lo, hi = g.min(axis=reduced, keepdims=True), g.max(axis=reduced, keepdims=True)
-    return _variance_on_grid(g, lo, hi, bits)
-
-
-def _variance_on_grid(g: Float, lo: Float, hi: Float, bits: int) -> Float:
-    step = np.maximum(hi - lo, MIN_RANGE) / (2**bits - 1)
-    position = (g - lo) / step
+    lowest, value_range = GRIDS[grid](lo, hi, bits)
+    step = np.maximum(value_range, MIN_RANGE) / (2**bits - 1)
+    position = (g - lowest) / step
     fraction = position - np.floor(position)
     return step**2 * fraction * (1 - fraction)
 
@@ -108,7 +114,7 @@ def gradient_error(
     Args:
       g: gradient of the product's output, samples on the first axis and output channels on the
         last.
-      quantizer: bits, keep, sampler, importance, groups, prune.
+      quantizer: bits, keep, sampler, importance, groups, prune, grid.
       product: which of the two products it is quantized for.
       selections: outcomes to average over where there are too many to take all.
       seed: of that average.
@@ -141,8 +147,12 @@ def gradient_error(
     squares = np.sum(np.moveaxis(g, axis, 0).reshape(p.size, -1) ** 2, axis=1)
     mask, bias = _mask_and_bias(p, squares, quantizer.sampler)
     own_scale = None if grouping.one_scale else _AXES[grouping.scaled]
+
+    def rounded_entries(values: Float) -> Float:
+        return rounding_variance(values, quantizer.bits, own_scale, grid=quantizer.grid)
+
     if grouping.scaled == grouping.pruned:
-        entries = np.moveaxis(rounding_variance(g, quantizer.bits, own_scale), axis, 0)
+        entries = np.moveaxis(rounded_entries(g), axis, 0)
         rounded = entries.reshape(p.size, -1).sum(axis=1)
         rounding = float(np.sum(p * quantizer.sampler.weights(p) ** 2 * rounded))
         return GradientError(rounding, mask, bias)
@@ -153,7 +163,7 @@ def gradient_error(
     ):
         folded = weights[weights > 0, None, None] * g[weights > 0]
         if folded.size:
-            variance = rounding_variance(np.moveaxis(folded, 0, axis), quantizer.bits, own_scale)
+            variance = rounded_entries(np.moveaxis(folded, 0, axis))
             rounding += probability * float(variance.sum())
     return GradientError(rounding, mask, bias)
 
@@ -225,7 +235,8 @@ def agp_bound(g: npt.ArrayLike, quantizer: GradientQuantizer) -> float:
     rows = _rows(g)
     p = group_probabilities(rows, quantizer, axis=0)
     one_scale = quantizer.grouping("input").one_scale
-    ranges = np.ptp(rows.reshape(1, -1) if one_scale else rows, axis=1)
+    scaled = rows.reshape(1, -1) if one_scale else rows
+    ranges = GRIDS[quantizer.grid](scaled.min(axis=1), scaled.max(axis=1), quantizer.bits)[1]
     rounding = np.sum(np.broadcast_to(ranges**2, p.shape) * quantizer.sampler.weights(p))
     mask, _ = _mask_and_bias(p, np.sum(rows**2, axis=1), quantizer.sampler)
     return float(rows.shape[1] * rounding / (4 * (2**quantizer.bits - 1) ** 2)) + mask

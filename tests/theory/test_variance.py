@@ -42,11 +42,11 @@ def reference_probabilities(g, axis: int, quantizer: GradientQuantizer) -> np.nd
 @pytest.mark.parametrize(("product", "axis"), [("input", 0), ("weight", 3)])
 def test_error_is_that_of_the_formula(sampler, importance, product, axis):
     g = gradient(0)
-    for bits, keep in ((1, 1.0), (4, None), (2, 0.6)):
-        quantizer = GradientQuantizer(bits, keep, sampler, importance)
+    for bits, keep, grid in ((1, 1.0, "range"), (4, None, "range"), (2, 0.6, "zero")):
+        quantizer = GradientQuantizer(bits, keep, sampler, importance, grid=grid)
         error = theory.gradient_error(g, quantizer, product=product)
         p = reference_probabilities(g, axis, quantizer)
-        expected = reference.pruned_rounded_variance(g, p, bits, axis)
+        expected = reference.pruned_rounded_variance(g, p, bits, axis, grid)
         np.testing.assert_allclose(error.total, expected, rtol=1e-5)
         assert error.bias == 0
         assert (error.mask > 0) == (keep != 1.0)
