@@ -8,7 +8,7 @@ end the error of one-bit gradients per tensor, per sample and by AGP with each s
 against the exact formula. Writes JSON lines and pictures.
 
     python -m experiments.gradient_statistics --dataset pydoc --model gpt_small --width 0.25 \
-        --diagnosed-images 8 --batch-size 32 --draws 2 --precision 1
+        --batch-size 32 --diagnosed-images 16 --compare psq agp_systematic/samples
 
 is about text. Where a layer's samples are tokens, or patches, the errors are told for whole
 sequences, or images, as samples too.
@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import pathlib
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -61,6 +62,8 @@ class StatisticsConfig(RunConfig):
     """Learning rate."""
     epochs: int = 4
     """Passes over the training data."""
+    checkpoint: pathlib.Path | None = None
+    """Start from this, the folder of a run or a checkpoint in it; the default is random values."""
     diagnosed_images: int = 64
     """Images, or sequences of text, of the batch that is diagnosed."""
     passes: int = 16
@@ -70,6 +73,9 @@ class StatisticsConfig(RunConfig):
     out."""
     precision: float = 0.02
     """Draws are added until the standard error is at most this part of the measured error."""
+    compare: tuple[str, ...] = ()
+    """Quantizations whose errors are told: per_tensor, psq, per_channel, or agp_SAMPLER with
+    /samples, /channels or /shared. The default is all; on many samples /shared takes long."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,6 +88,12 @@ class StatisticsConfig(RunConfig):
             raise cli.UserError(f"precision must be positive; got {self.precision}.")
         if self.diagnosed_images < 2 or self.passes < 1:
             raise cli.UserError("diagnosed_images must be at least 2 and passes at least 1.")
+        for name in self.compare:
+            if name not in diagnostics.COMPARED:
+                known = ", ".join(diagnostics.COMPARED)
+                raise cli.UserError(f"unknown quantization {name!r} to compare; known: {known}.")
+        if self.compare and not self.draws:
+            raise cli.UserError("compare has no effect: draws is 0.")
         if self.build_recipe().binary is False:
             raise cli.UserError("the recipe must be binary: full precision quantizes no gradient.")
 
@@ -100,7 +112,8 @@ def main(config: StatisticsConfig) -> None:
     dataset, kind = load_in_memory(config)
     if max(config.batch_size, config.diagnosed_images) > len(dataset.train):
         raise cli.UserError(f"there are only {len(dataset.train)} training {kind.samples}.")
-    task = tasks.build_task(config, dataset, None)
+    start = config.checkpoint and folders.checkpoint_at(config.checkpoint)
+    task = tasks.build_task(config, dataset, start)
     n = config.diagnosed_images
     batch = Batch(
         kind.first(dataset, dataset.train, n),
@@ -206,7 +219,7 @@ def _errors(
         square = float(np.sum(np.asarray(layer.exact_g, np.float64) ** 2))
         if square == 0:
             continue
-        compared = _compared(layer.exact_g, config.diagnosed_images)
+        compared = _compared(layer.exact_g, config)
         for j, (name, (g, quantization)) in enumerate(compared.items()):
             predicted = quantization.predicted(g, selections)
             draw_key = jax.random.fold_in(key, 1000 * (i + 1) + j)
@@ -229,12 +242,16 @@ def _errors(
     return rows
 
 
-def _compared(g: jax.Array, inputs: int) -> dict[str, tuple[jax.Array, diagnostics.Quantization]]:
+def _compared(
+    g: jax.Array, config: StatisticsConfig
+) -> dict[str, tuple[jax.Array, diagnostics.Quantization]]:
     """What to quantize, and how. Where samples are tokens, whole inputs are samples too."""
-    found = {name: (g, each) for name, each in diagnostics.COMPARED.items()}
+    chosen = {name: diagnostics.COMPARED[name] for name in config.compare or diagnostics.COMPARED}
+    found = {name: (g, each) for name, each in chosen.items()}
+    inputs = config.diagnosed_images
     if g.shape[0] > inputs and g.shape[0] % inputs == 0:
         whole = g.reshape(inputs, -1, 1, g.shape[-1])
-        for name, each in diagnostics.COMPARED.items():
+        for name, each in chosen.items():
             if each.product == "input" and each.quantizer.groups != "tensor":
                 found[f"{name}, whole inputs"] = (whole, each)
     return found

@@ -69,7 +69,8 @@ PRESETS = {
             "pydoc from scratch=pydoc:from_scratch,epochs=3,batch_size=32,learning_rate=6e-3",
             "mnist5k from scratch=mnist5k:from_scratch,epochs=8,batch_size=32,learning_rate=4e-3,"
             "warmup_epochs=1",
-            "mnist5k to digits=digits:epochs=10,batch_size=64,learning_rate=2e-3",
+            "mnist5k to digits=digits:epochs=20,batch_size=32,learning_rate=1e-3,warmup_epochs=1,"
+            "pretrain_epochs=24",
         ),
         models=(
             "gpt_small:width=0.25",

@@ -68,12 +68,14 @@ def test_the_experiment_writes_its_folder(capsys):
 
 def test_where_samples_are_tokens_whole_inputs_are_samples_too():
     g = jnp.arange(24.0).reshape(6, 1, 1, 4)
-    found = gradient_statistics._compared(g, inputs=2)
+    config = StatisticsConfig(**{**TINY, "diagnosed_images": 2})
+    found = gradient_statistics._compared(g, config)
     assert list(found) == ["psq", "agp_topk/channels", "psq, whole inputs"]
     whole, quantization = found["psq, whole inputs"]
     assert quantization is COMPARED["psq"]
     np.testing.assert_array_equal(whole[1, :, 0], np.arange(12, 24).reshape(3, 4))
-    assert len(gradient_statistics._compared(g, inputs=6)) == 2
+    config = StatisticsConfig(**{**TINY, "diagnosed_images": 6, "compare": ("psq",)})
+    assert list(gradient_statistics._compared(g, config)) == ["psq"]
 
 
 def test_draws_are_added_up_to_the_precision(monkeypatch):
@@ -94,6 +96,8 @@ def test_bad_options_are_named():
         ({"passes": 0}, "passes"),
         ({"precision": 0.0}, "precision"),
         ({"resume": pathlib.Path("run")}, "resume"),
+        ({"compare": ("psq2",)}, "unknown quantization 'psq2' to compare; known: psq, agp"),
+        ({"compare": ("psq",), "draws": 0}, "compare has no effect: draws is 0"),
     ):
         with pytest.raises(cli.UserError, match=message):
             StatisticsConfig(**{**TINY, **bad})
