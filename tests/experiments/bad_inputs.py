@@ -103,6 +103,9 @@ CASES: list[tuple[str, str]] = [
     ("finetune --dataset pydoc --model gpt_small --weights a.pth", "weights of others are of"),
     ("gradient_statistics --dataset pydoc --model gpt_small", "pydoc is text"),
     ("speed --model lstm", "unknown model 'lstm'"),
+    ("speed --model gpt_small --image-size 64", "image_size has no effect on gpt_small"),
+    ("speed --length 64", "length has no effect on vgg16"),
+    ("speed --model vit_small --image-size 30", "image_size must be a multiple of 4"),
     # Patterns and files
     ("finetune --from-scratch --freeze head[", "freeze"),
     ("finetune --from-scratch --freeze tail.*", "freeze"),
