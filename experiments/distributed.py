@@ -94,7 +94,10 @@ def start(arguments: Sequence[str]) -> None:
         )
     except (RuntimeError, ValueError) as error:
         line = str(error).splitlines()[0]
-        raise StartError(f"the processes of the run did not find each other: {line}") from error
+        raise StartError(
+            f"the processes of the run did not find each other: {line} Say where they are by "
+            "--coordinator, --processes and --process, or that it is one by --processes 1."
+        ) from error
     if not first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 

@@ -8,7 +8,7 @@ import json
 import pathlib
 
 from experiments.cli import UserError
-from experiments.runs import folders, logs, reporting, runner, tasks
+from experiments.runs import devices, folders, logs, reporting, runner, tasks
 from experiments.runs.config import RunConfig
 from experiments.runs.saved_config import config_from_json, read_config
 from experiments.runs.summaries import read_summary
@@ -42,6 +42,7 @@ def main(config: PretrainConfig) -> None:
             config = read_config(config, folder)
             held.enter_context(folders.continuing(folder, "pretrain"))
         else:
+            devices.mesh_of(config)  # a check, before data are read
             folders.check_can_start(config)
         logs.check_log(config)
         tasks.check_freeze(config)
