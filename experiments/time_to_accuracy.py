@@ -27,8 +27,8 @@ from experiments.show import race
 from experiments.sweeps.run import run_groups
 from experiments.sweeps.specs import Spec, parse
 from experiments.sweeps.sweep import OTHER_RATES, Group, Result, SweepConfig, parse_all
-from experiments.sweeps.tables import accuracy, publish
-from fqt_jax.models import IMAGE_SEQUENCE_MODELS, TOKEN_MODELS
+from experiments.sweeps.tables import ACCURACY, publish
+from fqt_jax.models import TOKEN_MODELS
 
 _FLOAT = "full_precision"
 """The recipe whose accuracy all float contenders take."""
@@ -141,8 +141,10 @@ def _group(config: TimeConfig, task: Spec, model: Spec, recipe: str) -> Group:
 def _setting(group: Group) -> Setting:
     """What a step of the group's runs computes."""
     base = group.base
-    if base.model in {**IMAGE_SEQUENCE_MODELS, **TOKEN_MODELS}:
-        raise cli.UserError(f"{base.model} has no form in PyTorch here to compare with.")
+    if base.model in ("lstm", "gru", *TOKEN_MODELS):
+        raise cli.UserError(
+            f"{base.model} is not timed here: choose a convolutional network or vit_small."
+        )
     dataset = load_dataset(base)
     base.check_batch(len(dataset.train))
     height, width = dataset.image_size
@@ -199,7 +201,7 @@ def _targets(config: TimeConfig, baseline: Result | None) -> dict[str, float]:
     """Accuracies in %, by the titles of their columns."""
     targets = {f"{target:g} %": target for target in sorted(set(config.targets))}
     if baseline is not None and baseline.summaries:
-        end = accuracy(baseline).mean
+        end = ACCURACY.of(baseline).mean
         targets[f"{config.baseline}'s {end:.1f} %"] = end
     return targets
 

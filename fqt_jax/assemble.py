@@ -146,6 +146,7 @@ def gap_of(layers: Sequence[Any], gap: GapParts) -> Gap:
         zero_is_below=act is not None and zero_is_below(act),
         epsilon=0.0 if norm is None else float(norm.epsilon),
         uses_running=isinstance(norm, nnx.BatchNorm) and bool(norm.use_running_average),
+        axes=norm.axis_name if isinstance(norm, nnx.BatchNorm) else None,
     )
 
 

@@ -12,6 +12,7 @@ from fqt_jax.binarize import PackedBits
 from fqt_jax.fused.line import line_of, normed_of, takes_moments, thresholds
 from fqt_jax.fused.parts import Gap, GapParams, Running, Statistics
 from fqt_jax.kernels import Flow, Line, Moments, Normed
+from fqt_jax.sharding import mean_over
 
 Function = Line | Normed
 """The coefficients of the function that a gap is of the sums before it."""
@@ -54,6 +55,7 @@ def function_of(
         rows = None if running is None else running.weights
         kink = thresholds(gap, params, scale)
         moments = kernels.moments(source, kink, rows, implementation=implementation)
+        moments = mean_over(moments, gap.axes)
     line, of_batch = line_of(gap, params, scale, moments, running)
     return line, moments, of_batch
 
@@ -101,6 +103,7 @@ def gap_gradient(
     d_params, d_scale, d_moments = line_vjp(
         kernels.gradient_sums(source, at, gap.pool, d, samples, implementation=implementation)
     )
+    d_moments = mean_over(d_moments, gap.axes)  # of all devices' losses
     rows = None if running is None else running.weights
     g, lo, hi = kernels.gradient(
         source,

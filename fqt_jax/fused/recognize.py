@@ -170,8 +170,8 @@ def recognize(layer: Any) -> Part:
 def _why_not_norm(norm: nnx.BatchNorm) -> str:
     if type(norm) not in (nnx.BatchNorm, RowNorm):
         return f"{type(norm).__name__} is a subclass of BatchNorm with behaviour of its own"
-    if norm.axis_name is not None:
-        return "its statistics are of several devices"
+    if norm.axis_index_groups is not None:
+        return "its statistics are of groups of devices"
     if norm.axis != -1:
         return "it does not normalize the last axis"
     if norm.dtype not in (None, jnp.float32):
