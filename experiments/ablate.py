@@ -19,7 +19,7 @@ from experiments.sweeps.plots import Row, plot_intervals
 from experiments.sweeps.run import run_groups
 from experiments.sweeps.specs import Spec, parse
 from experiments.sweeps.sweep import Result, SweepConfig, parse_all
-from experiments.sweeps.tables import accuracy, cost, publish
+from experiments.sweeps.tables import ACCURACY, cost, publish
 
 STUDIES: dict[str, tuple[str, ...]] = {
     "baselines": ("qat", "psq1", "fqt1"),
@@ -120,7 +120,7 @@ def _rows(
     for study, specs in studies.items():
         for spec in specs:
             result = results[model.label, spec.label]
-            own = accuracy(result)
+            own = ACCURACY.of(result)
             error = Estimate(100 - own.mean, own.deviation, own.n)
             rows.append(Row(study, spec.label, error, result.group.base.variant, _costs(result)))
     return rows
@@ -142,7 +142,7 @@ def _table(
     for study, specs in studies.items():
         for i, spec in enumerate(specs):
             result = results[model.label, spec.label]
-            row = [study if i == 0 else "", spec.label, accuracy(result).text(n)]
+            row = [study if i == 0 else "", spec.label, ACCURACY.of(result).text(n)]
             rows.append([*row, *_costs(result).values()])
     return Table(
         f"{title}: test accuracy, mean ± deviation over {count(n, 'seed')}, and cost",

@@ -20,7 +20,7 @@ from experiments.sweeps.plots import plot_curves
 from experiments.sweeps.run import run_groups
 from experiments.sweeps.specs import Spec, parse
 from experiments.sweeps.sweep import OTHER_RATES, RATES, Result, SweepConfig, parse_all
-from experiments.sweeps.tables import accuracy, differences, publish
+from experiments.sweeps.tables import publish, score_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,30 +91,30 @@ def _tables(
     optimizers: list[Spec],
     results: dict[tuple[str, str], Result],
 ) -> list[Table]:
-    """Accuracy, with the rates it was reached at, and the degradation from the baseline."""
-    n = len(config.seeds)
+    """What the test came to, at which rates, and the degradation from the baseline."""
+    n, score = len(config.seeds), score_of(next(iter(results.values())))
     names = [optimizer.label for optimizer in optimizers]
     rows, losses = [], []
     for recipe in recipes:
         own = [results[recipe.label, name] for name in names]
         rows.append(
             [recipe.label]
-            + [f"{accuracy(r).text(n)} at {r.rate:g}" if r.rate else "-" for r in own]
+            + [f"{score.of(r).text(n)} at {r.rate:g}" if r.rate else "-" for r in own]
         )
         baselines = [results.get((config.baseline, name)) for name in names]
         if recipe.label != config.baseline and None not in baselines:
             losses.append(
                 [recipe.label]
                 + [
-                    Estimate.of([*differences(base, r).values()]).text(n)
+                    Estimate.of([*score.gains(base, r).values()], score.form).text(n)
                     for base, r in zip(baselines, own, strict=True)
                     if base is not None
                 ]
             )
     tables = [
         Table(
-            f"{title}: test accuracy, %, mean ± deviation over {count(n, 'seed')}, at the rate "
-            f"given with the optimizer or tuned on validation images with "
+            f"{title}: test {score.title}, mean ± deviation over {count(n, 'seed')}, at the rate "
+            f"given with the optimizer or tuned on validation data with "
             f"{count(config.tuning_seeds, 'seed')}",
             ["recipe", *names],
             rows,
@@ -122,7 +122,7 @@ def _tables(
         )
     ]
     if losses:
-        text = f"{title}: degradation from {config.baseline}, points"
+        text = f"{title}: degradation from {config.baseline}, {score.unit}"
         tables.append(Table(text, ["recipe", *names], losses))
     return tables
 

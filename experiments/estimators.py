@@ -11,6 +11,11 @@ squares over the kernels; g is the float gradient. Each kernel counts alike, as 
 
 starts from a trained model, and tells the noise of each layer as well.
 
+    python -m experiments.estimators --dataset pydoc --model gpt_small --width 0.25 \
+        --batch-size 32 --images 32 --draws 64 --layers
+
+is about text. Of attention the parts for queries, keys and values are told apart.
+
     python -m experiments.estimators --statistics constant
 
 holds batch norm's statistics constant, so that samples meet in no layer: what is different then is
@@ -31,9 +36,10 @@ import numpy as np
 from flax import nnx
 
 from experiments import cli
-from experiments.data.augment import normalize
 from experiments.runs import folders, tasks
 from experiments.runs.config import RunConfig
+from experiments.runs.kinds import kind_named
+from experiments.runs.measuring import drop_image_size, load_in_memory
 from experiments.runs.plain_training import plain_epochs
 from experiments.show.formats import Table, show, to_markdown
 from experiments.sweeps.sweep import parse_all
@@ -44,6 +50,19 @@ from fqt_jax.tree import leaf_name
 _BLOCK = 8
 """Draws whose sum is one sample of the estimate of the bias."""
 
+_ESTIMATORS: tuple[str, ...] = (
+    "psq1",
+    "fqt1",
+    "range, shared=fqt1_plus",
+    "norm, channels=fqt1:importance=norm",
+    "norm, shared=fqt1_plus:importance=norm",
+    "norm, shared, stratified=fqt1_plus:importance=norm,stratify",
+    "the same, 2 bits=fqt1_plus:importance=norm,bits=2,stratify",
+    "the same, 8 bits=fqt1_plus:importance=norm,bits=8,stratify",
+    "one draw=fqt1:one_draw",
+    "one draw, stratified=fqt1:one_draw,stratify",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class EstimatorsConfig(RunConfig):
@@ -52,35 +71,26 @@ class EstimatorsConfig(RunConfig):
     dataset: str = "mnist5k"
     """Data set, as for experiments.finetune."""
     model: str = "vgg_small"
-    """Model: vgg_small, vgg11, vgg13, vgg16, vgg19, resnet18, resnet34, resnet50, mobilenet; or of
-    torchvision's form with ReLU: resnet18_torch, vgg16_torch, vgg16_bn_torch and the like."""
+    """Model: vgg_small, vgg11, vgg13, vgg16, vgg19, resnet18, resnet34, resnet50, mobilenet,
+    vit_small, lstm, gru; gpt_small (text); or of torchvision's form with ReLU: resnet18_torch,
+    vgg16_torch, vgg16_bn_torch and the like."""
     width: float = 0.5
     """Factor on the model's number of channels."""
     recipe: str = "qat"
     """The recipe that trains; what is estimated is its gradient with nothing rounded."""
     image_size: int | None = 16
-    """Images are resized to this."""
+    """Images are resized to this. It has no effect on text."""
     learning_rate: float | None = 2e-3
     """Learning rate."""
     epochs: int = 3
     """Passes over the training data."""
     checkpoint: pathlib.Path | None = None
     """Start from this, the folder of a run or a checkpoint in it; the default is random values."""
-    estimators: tuple[str, ...] = (
-        "psq1",
-        "fqt1",
-        "range, shared=fqt1_plus",
-        "norm, channels=fqt1:importance=norm",
-        "norm, shared=fqt1_plus:importance=norm",
-        "norm, shared, stratified=fqt1_plus:importance=norm,stratify",
-        "the same, 2 bits=fqt1_plus:importance=norm,bits=2,stratify",
-        "the same, 8 bits=fqt1_plus:importance=norm,bits=8,stratify",
-        "one draw=fqt1:one_draw",
-        "one draw, stratified=fqt1:one_draw,stratify",
-    )
-    """Recipes, as [LABEL=]NAME[:OPTION=VALUE,...]."""
+    estimators: tuple[str, ...] | None = None
+    """Recipes, as [LABEL=]NAME[:OPTION=VALUE,...]; the default is the named ones, variants by
+    importance and bits, and one draw a step."""
     images: int = 128
-    """Images of the batch whose gradient is estimated."""
+    """Images, or sequences of text, of the batch whose gradient is estimated."""
     draws: int = 256
     """Estimates of each gradient."""
     statistics: Literal["batch", "constant"] = "batch"
@@ -91,6 +101,7 @@ class EstimatorsConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        drop_image_size(self)
         if self.resume is not None:
             raise cli.UserError("estimators cannot resume: choose a new folder.")
         if self.images < 2:
@@ -108,7 +119,10 @@ class EstimatorsConfig(RunConfig):
     def runs(self) -> dict[str, RunConfig]:
         """This run with the recipe of each estimator, by its label."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(RunConfig)}
-        specs = parse_all("recipe", self.estimators)
+        usual = _ESTIMATORS
+        if kind_named(self.dataset).samples == "sequences":  # which have no labels to go by
+            usual = tuple(text for text in usual if "stratif" not in text)
+        specs = parse_all("recipe", usual if self.estimators is None else self.estimators)
         return {spec.label: RunConfig(**values | spec.options) for spec in specs}
 
 
@@ -254,14 +268,19 @@ class _Estimator:
 
 
 def _kernels(tree: Any) -> dict[str, jax.Array]:
-    """The layers' kernels, by the path of the layer."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    named = [(leaf_name(path), leaf) for path, leaf in leaves]
-    return {
-        name.removesuffix(".kernel").replace(".", "/"): leaf
-        for name, leaf in named
-        if name.endswith("kernel")
-    }
+    """The layers' kernels, by the path of the layer; of attention queries, keys and values."""
+    found: dict[str, jax.Array] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        *names, last = leaf_name(path).split(".")
+        if last != "kernel":
+            continue
+        if "qkv" in names:
+            stem = "/".join([*names[: names.index("qkv")], ""])
+            parts = jnp.split(leaf, 3, axis=1)
+            found |= {stem + part: kernel for part, kernel in zip("qkv", parts, strict=True)}
+        else:
+            found["/".join(names)] = leaf
+    return found
 
 
 def _ends(params: Any) -> np.ndarray:
@@ -278,9 +297,9 @@ def _squares(g: Any, ends: np.ndarray) -> Any:
 def main(config: EstimatorsConfig) -> None:
     """Runs the experiment."""
     began = time.perf_counter()
-    dataset = tasks.load_dataset(config, any_data=False)
+    dataset, kind = load_in_memory(config)
     if max(config.batch_size, config.images) > len(dataset.train):
-        raise cli.UserError(f"there are only {len(dataset.train)} training images.")
+        raise cli.UserError(f"there are only {len(dataset.train)} training {kind.samples}.")
     folder = folders.run_folder(config, "estimators")
 
     def estimator(run: RunConfig) -> _Estimator:
@@ -292,12 +311,9 @@ def main(config: EstimatorsConfig) -> None:
     runs = config.runs()
     estimators = {label: estimator(run) for label, run in runs.items()}
     exact = estimator(dataclasses.replace(next(iter(runs.values())), **_FLOAT_GRADIENT))
-    images = normalize(
-        jnp.asarray(dataset.train.first(config.images)), mean=dataset.mean, std=dataset.std
-    )
+    inputs = kind.first(dataset, dataset.train, config.images)
     labels = jnp.asarray(dataset.train.labels[: config.images])
-    batch, order = (images, labels), jnp.argsort(labels, stable=True)
-    sorted_batch = (images[order], labels[order])
+    batch = (inputs, labels)
     keys = jax.random.split(jax.random.key(config.seed + 1), config.draws)
     found: dict[str, list[Measured]] = {label: [] for label in estimators}
     start = config.checkpoint and folders.checkpoint_at(config.checkpoint)
@@ -305,7 +321,10 @@ def main(config: EstimatorsConfig) -> None:
     for epoch, _, state in plain_epochs(config, dataset, model):
         g = exact.gradient(state.params, *batch, keys[0])
         for label, own in estimators.items():
-            own_batch = sorted_batch if runs[label].stratify else batch
+            own_batch = batch
+            if runs[label].stratify:
+                order = jnp.argsort(labels, stable=True)
+                own_batch = (inputs[order], labels[order])
             found[label].append(own.measure(state.params, *own_batch, g, keys))
         loss = f", loss {state.metrics.means()['loss']:.4f}" if epoch else ""
         print(f"epoch {epoch}/{config.epochs}{loss}", flush=True)
@@ -323,7 +342,8 @@ _FLOAT_GRADIENT: dict[str, Any] = {
 def write(config: EstimatorsConfig, found: dict[str, list[Measured]], folder: pathlib.Path) -> None:
     """Shows the tables and writes them, as Markdown and JSON."""
     bits = {label: run.build_recipe().gradient for label, run in config.runs().items()}
-    title = f"{config.dataset}, {config.model} x{config.width:g}, n = {config.images} images"
+    samples = kind_named(config.dataset).samples
+    title = f"{config.dataset}, {config.model} x{config.width:g}, n = {config.images} {samples}"
     if config.statistics == "constant":
         title += ", batch norm's statistics constant"
     columns = ["estimator", "bits an entry", *(f"epoch {e}" for e in range(config.epochs + 1))]
@@ -356,10 +376,16 @@ def write(config: EstimatorsConfig, found: dict[str, list[Measured]], folder: pa
         tables.append(
             Table(
                 f"{title}: noise-to-signal by layer, epoch {epoch}, {config.draws} draws",
-                ["estimator", *next(iter(own.values()))],
+                ["layer", *own],
                 [
-                    [label, *(f"{one.noise:.1f} ({one.largest:.1f})" for one in layers.values())]
-                    for label, layers in own.items()
+                    [
+                        name,
+                        *(
+                            f"{layers[name].noise:.1f} ({layers[name].largest:.1f})"
+                            for layers in own.values()
+                        ),
+                    ]
+                    for name in next(iter(own.values()))
                 ],
                 ["In brackets the largest norm of any draw, over that of the exact gradient."],
             )

@@ -6,6 +6,12 @@ Trains a small model and, before training and after each epoch, diagnoses it on 
 of the groups over samples and over channels, noise-to-signal, sign flips; and at the start and the
 end the error of one-bit gradients per tensor, per sample and by AGP with each sampler, measured
 against the exact formula. Writes JSON lines and pictures.
+
+    python -m experiments.gradient_statistics --dataset pydoc --model gpt_small --width 0.25 \
+        --diagnosed-images 8 --batch-size 32 --draws 2 --precision 1
+
+is about text. Where a layer's samples are tokens, or patches, the errors are told for whole
+sequences, or images, as samples too.
 """
 
 from __future__ import annotations
@@ -24,10 +30,10 @@ from flax import nnx
 
 from experiments import cli
 from experiments.data import Dataset
-from experiments.data.augment import normalize
 from experiments.runs import folders, tasks
 from experiments.runs.batches import gathered, on_device
 from experiments.runs.config import RunConfig
+from experiments.runs.measuring import drop_image_size, load_in_memory
 from experiments.runs.plain_training import plain_epochs
 from experiments.runs.steps import build_eval_step, evaluate
 from experiments.show import gradients as gradient_pictures
@@ -44,18 +50,19 @@ class StatisticsConfig(RunConfig):
     dataset: str = "mnist5k"
     """Data set, as for experiments.finetune."""
     model: str = "vgg_small"
-    """Model: vgg_small, vgg11, vgg13, vgg16, vgg19, resnet18, resnet34, resnet50, mobilenet; or of
-    torchvision's form with ReLU: resnet18_torch, vgg16_torch, vgg16_bn_torch and the like."""
+    """Model: vgg_small, vgg11, vgg13, vgg16, vgg19, resnet18, resnet34, resnet50, mobilenet,
+    vit_small; gpt_small (text); or of torchvision's form with ReLU: resnet18_torch, vgg16_torch,
+    vgg16_bn_torch and the like."""
     width: float = 0.5
     """Factor on the model's number of channels."""
     image_size: int | None = 16
-    """Images are resized to this."""
+    """Images are resized to this. It has no effect on text."""
     learning_rate: float | None = 2e-3
     """Learning rate."""
     epochs: int = 4
     """Passes over the training data."""
     diagnosed_images: int = 64
-    """Images of the batch that is diagnosed."""
+    """Images, or sequences of text, of the batch that is diagnosed."""
     passes: int = 16
     """Backward passes that the noise of the weights' gradient is measured over."""
     draws: int = 500
@@ -66,6 +73,7 @@ class StatisticsConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        drop_image_size(self)
         if self.resume is not None:
             raise cli.UserError("gradient_statistics cannot resume: choose a new folder.")
         if self.draws < 0 or self.draws == 1:
@@ -79,9 +87,9 @@ class StatisticsConfig(RunConfig):
 
 
 class Batch(NamedTuple):
-    """What is diagnosed: preprocessed images, labels, and the key of all draws."""
+    """What is diagnosed: inputs as the model takes them, labels, and the key of all draws."""
 
-    images: jax.Array
+    inputs: jax.Array
     labels: jax.Array
     key: jax.Array
 
@@ -89,20 +97,20 @@ class Batch(NamedTuple):
 def main(config: StatisticsConfig) -> None:
     """Runs the experiment."""
     began = time.perf_counter()
-    dataset = tasks.load_dataset(config, any_data=False)
+    dataset, kind = load_in_memory(config)
     if max(config.batch_size, config.diagnosed_images) > len(dataset.train):
-        raise cli.UserError(f"there are only {len(dataset.train)} training images.")
+        raise cli.UserError(f"there are only {len(dataset.train)} training {kind.samples}.")
     task = tasks.build_task(config, dataset, None)
     n = config.diagnosed_images
     batch = Batch(
-        normalize(dataset.train.first(n), dataset.mean, dataset.std),
+        kind.first(dataset, dataset.train, n),
         jnp.asarray(dataset.train.labels[:n]),
         jax.random.key(config.seed + 1),
     )
-    seen_layers(task.model, batch.images)  # raises where it cannot see them all
+    seen_layers(task.model, batch.inputs)  # raises where it cannot see them all
     folder = folders.run_folder(config, "gradients")
     print(task.table)
-    print(diagnostics.budget(task.model, batch.images))
+    print(diagnostics.budget(task.model, batch.inputs))
     records, graphdef, states = [], None, {}
     with (folder / "statistics.jsonl").open("w") as file:
         for epoch, graphdef, state, found in _train(config, dataset, task.model, batch):
@@ -122,16 +130,17 @@ def main(config: StatisticsConfig) -> None:
     ]
     folders.write_json(folder / "errors.json", rows)
     label = f"{config.dataset}, {config.model} x{config.width:g}, {config.recipe}"
-    gradient_pictures.plot_groups(states, folder / "ranges.png", f"{label}, n = {n} images")
-    gradient_pictures.plot_lorenz(states, folder / "lorenz.png", f"{label}, n = {n} images")
+    label = f"{label}, n = {n} {kind.samples}"
+    gradient_pictures.plot_groups(states, folder / "ranges.png", label)
+    gradient_pictures.plot_lorenz(states, folder / "lorenz.png", label)
     gradient_pictures.plot_time(
-        records, folder / "over_time.png", f"{label}, n = {n} images, {config.passes} passes"
+        records, folder / "over_time.png", f"{label}, {config.passes} passes"
     )
     if rows:
         gradient_pictures.plot_errors(
             rows,
             folder / "errors.png",
-            f"{label}, n = {n} images, {config.draws} draws or more",
+            f"{label}, {config.draws} draws or more",
         )
         show([summary(rows)])
     print(f"{time.perf_counter() - began:.0f} seconds; written to {folder}")
@@ -179,7 +188,7 @@ def _groups(
 ) -> dict[str, diagnostics.LayerGradient]:
     model = merge_model(graphdef, state)
     return diagnostics.layer_gradients(
-        model, batch.images, batch.labels, key=batch.key, passes=passes
+        model, batch.inputs, batch.labels, key=batch.key, passes=passes
     )
 
 
@@ -197,10 +206,11 @@ def _errors(
         square = float(np.sum(np.asarray(layer.exact_g, np.float64) ** 2))
         if square == 0:
             continue
-        for j, (name, quantization) in enumerate(diagnostics.COMPARED.items()):
-            predicted = quantization.predicted(layer.exact_g, selections)
+        compared = _compared(layer.exact_g, config.diagnosed_images)
+        for j, (name, (g, quantization)) in enumerate(compared.items()):
+            predicted = quantization.predicted(g, selections)
             draw_key = jax.random.fold_in(key, 1000 * (i + 1) + j)
-            measured, draws = _measure(config, layer.exact_g, quantization, draw_key)
+            measured, draws = _measure(config, g, quantization, draw_key)
             rows.append(
                 {
                     "epoch": epoch,
@@ -217,6 +227,17 @@ def _errors(
                 }
             )
     return rows
+
+
+def _compared(g: jax.Array, inputs: int) -> dict[str, tuple[jax.Array, diagnostics.Quantization]]:
+    """What to quantize, and how. Where samples are tokens, whole inputs are samples too."""
+    found = {name: (g, each) for name, each in diagnostics.COMPARED.items()}
+    if g.shape[0] > inputs and g.shape[0] % inputs == 0:
+        whole = g.reshape(inputs, -1, 1, g.shape[-1])
+        for name, each in diagnostics.COMPARED.items():
+            if each.product == "input" and each.quantizer.groups != "tensor":
+                found[f"{name}, whole inputs"] = (whole, each)
+    return found
 
 
 def _measure(

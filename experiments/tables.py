@@ -8,8 +8,13 @@ that was stopped.
 
     python -m experiments.tables --preset embedded --tune 0.5 1 --tuning-seeds 3
 
-tunes the learning rate of each cell on validation images; a noisy gradient wants another than an
+tunes the learning rate of each cell on validation data; a noisy gradient wants another than an
 exact one.
+
+    python -m experiments.tables --preset sequences
+
+is about Transformers and recurrent networks. Models of text go with text, which is told in bits per
+character, and models of images with images.
 """
 
 from __future__ import annotations
@@ -21,11 +26,13 @@ from statistics import fmean
 from typing import Literal
 
 from experiments import cli
-from experiments.show.formats import Estimate, Table, count, number
+from experiments.runs.kinds import kind_named
+from experiments.show.formats import Estimate, Table, count
 from experiments.sweeps.run import run_groups
 from experiments.sweeps.specs import Axis, Spec, parse
 from experiments.sweeps.sweep import Group, Result, SweepConfig, parse_all
-from experiments.sweeps.tables import accuracy, differences, publish
+from experiments.sweeps.tables import Score, publish, score_of
+from fqt_jax.models import TOKEN_MODELS
 
 _RECIPES = (
     "qat",
@@ -45,6 +52,7 @@ class Preset:
     datasets: tuple[str, ...]
     models: tuple[str, ...]
     jobs: int
+    recipes: tuple[str, ...] = _RECIPES
 
 
 PRESETS = {
@@ -55,6 +63,22 @@ PRESETS = {
         ),
         models=("vgg_small:width=1", "resnet18:width=0.25"),
         jobs=2,  # most of a short run is compilation, on one core
+    ),
+    "sequences": Preset(
+        datasets=(
+            "pydoc from scratch=pydoc:from_scratch,epochs=3,batch_size=32,learning_rate=6e-3",
+            "mnist5k from scratch=mnist5k:from_scratch,epochs=8,batch_size=32,learning_rate=4e-3,"
+            "warmup_epochs=1",
+            "mnist5k to digits=digits:epochs=10,batch_size=64,learning_rate=2e-3",
+        ),
+        models=(
+            "gpt_small:width=0.25",
+            "lstm:width=0.25",
+            "gru:width=0.25",
+            "vit_small:width=0.25",
+        ),
+        jobs=2,
+        recipes=("full_precision", "qat", "psq1", "fqt1", "fqt1_plus", "fqt1:one_draw"),
     ),
     "paper": Preset(
         datasets=(
@@ -70,30 +94,31 @@ PRESETS = {
     ),
 }
 """``embedded`` needs no download; its rates are those at which ``qat`` does best on validation
-images. ``paper`` is the paper's, at its rates and number of epochs, from a checkpoint of each
-model, such as ``--models vgg16:width=1,checkpoint=runs/NAME``."""
+images. ``sequences`` needs none either. ``paper`` is the paper's, at its rates and number of
+epochs, from a checkpoint of each model, such as ``--models vgg16:width=1,checkpoint=runs/NAME``."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TablesConfig(SweepConfig):
     """What the table holds. What is given replaces that part of the preset."""
 
-    preset: Literal["embedded", "paper"] = "embedded"
+    preset: Literal["embedded", "sequences", "paper"] = "embedded"
     """Data sets and models; the paper's are read as prepared by tensorflow-datasets."""
     datasets: tuple[str, ...] = ()
     """Data sets, as [LABEL=]NAME[:OPTION=VALUE,...], with options such as epochs, limit,
     from_scratch and data_dir."""
     models: tuple[str, ...] = ()
     """Models, as NAME[:OPTION=VALUE,...] with the options width, stem and checkpoint."""
-    recipes: tuple[str, ...] = _RECIPES
+    recipes: tuple[str, ...] = ()
     """Recipes, as [LABEL=]NAME[:OPTION=VALUE,...]."""
     optimizer: str = "adam"
     """Optimizer, with options such as weight_decay, momentum and schedule."""
     jobs: int = 0
-    """Processes at a time; 0 for the preset's, 2 for embedded and 1 for paper."""
+    """Processes at a time; 0 for the preset's, 1 for paper and 2 for the others."""
     tune: tuple[float, ...] = ()
-    """Factors on a data set's learning rate to choose from by validation accuracy, cell by cell;
-    where the best lies on the edge, more are tried. The default is the data set's rate."""
+    """Factors on a data set's learning rate to choose from by validation accuracy, or of text by
+    bits, cell by cell; where the best lies on the edge, more are tried. The default is the data
+    set's rate."""
     tuning_seeds: int = 1
     """How many of the seeds try every rate."""
     low: str = "psq1"
@@ -104,8 +129,9 @@ class TablesConfig(SweepConfig):
     """Folder of the sweep, by default runs/tables-PRESET; what it holds is not run again."""
 
     def __post_init__(self) -> None:
-        if not self.models:
-            object.__setattr__(self, "models", PRESETS[self.preset].models)
+        for axis in ("datasets", "models", "recipes"):
+            if not getattr(self, axis):
+                object.__setattr__(self, axis, getattr(PRESETS[self.preset], axis))
         if self.jobs == 0:
             object.__setattr__(self, "jobs", PRESETS[self.preset].jobs)
         super().__post_init__()
@@ -113,11 +139,10 @@ class TablesConfig(SweepConfig):
 
 def main(config: TablesConfig) -> None:
     """Runs the experiment."""
-    datasets = parse_all("dataset", config.datasets or PRESETS[config.preset].datasets)
-    models = parse_all("model", config.models)
+    tasks = pairs(parse_all("dataset", config.datasets), parse_all("model", config.models))
     recipes = parse_all("recipe", config.recipes)
     optimizer = parse("optimizer", config.optimizer)
-    points = list(itertools.product(datasets, models, recipes))
+    points = [(*task, recipe) for task in tasks for recipe in recipes]
     groups = [
         _group(
             config, {"dataset": dataset, "model": model, "recipe": recipe, "optimizer": optimizer}
@@ -130,8 +155,38 @@ def main(config: TablesConfig) -> None:
         (dataset.label, model.label, recipe.label): result
         for (dataset, model, recipe), result in zip(points, found, strict=True)
     }
-    table = _table(config, datasets, models, recipes, results)
+    labels = [(dataset.label, model.label) for dataset, model in tasks]
+    table = _table(config, labels, [recipe.label for recipe in recipes], results)
     publish(root, dataclasses.asdict(config), found, [table])
+
+
+def pairs(datasets: list[Spec], models: list[Spec]) -> list[tuple[Spec, Spec]]:
+    """Each data set with each model that takes such data.
+
+    Raises:
+      UserError: one of them is left alone.
+
+    Example:
+      >>> datasets = parse_all("dataset", ["pydoc", "digits"])
+      >>> models = parse_all("model", ["vgg_small", "gpt_small", "lstm"])
+      >>> [(dataset.label, model.label) for dataset, model in pairs(datasets, models)]
+      [('pydoc', 'gpt_small'), ('digits', 'vgg_small'), ('digits', 'lstm')]
+    """
+    found = [
+        (dataset, model)
+        for dataset, model in itertools.product(datasets, models)
+        if (kind_named(dataset.options["dataset"]).samples == "sequences")
+        == (model.options["model"] in TOKEN_MODELS)
+    ]
+    for number, specs in enumerate((datasets, models)):
+        alone = [spec.label for spec in specs if spec not in [pair[number] for pair in found]]
+        if alone:
+            others = ", ".join(spec.label for spec in (models, datasets)[number])
+            raise cli.UserError(
+                f"{alone[0]} goes with none of {others}: models of text take text, and the others "
+                "images."
+            )
+    return found
 
 
 def _group(config: TablesConfig, point: dict[Axis, Spec]) -> Group:
@@ -145,45 +200,38 @@ def _group(config: TablesConfig, point: dict[Axis, Spec]) -> Group:
     return config.group(point, rates, config.tuning_seeds)
 
 
+Task = tuple[str, str]
+"""The labels of a data set and a model."""
 Results = dict[tuple[str, str, str], Result]
+"""By the labels of data set, model and recipe."""
 
 
-def _table(
-    config: TablesConfig,
-    datasets: list[Spec],
-    models: list[Spec],
-    recipes: list[Spec],
-    results: Results,
-) -> Table:
+def _table(config: TablesConfig, tasks: list[Task], names: list[str], results: Results) -> Table:
     n = len(config.seeds)
-    names = [recipe.label for recipe in recipes]
-    tasks = [(d.label, m.label) for d in datasets for m in models]
-    rows = [
-        [dataset, model, *(_cell(config, results[dataset, model, name]) for name in names)]
-        for dataset, model in tasks
-    ]
+    rows = []
+    for task in tasks:
+        own = [results[*task, name] for name in names]
+        dataset = f"{task[0]}, bits" if own[0].group.is_text else task[0]
+        rows.append([dataset, task[1], *(_cell(config, result) for result in own)])
     complete = [task for task in tasks if all(results[*task, name].summaries for name in names)]
-    means = [
-        fmean(accuracy(results[*task, name]).mean for task in complete) if complete else None
-        for name in names
+    scores = {task: score_of(results[*task, names[0]]) for task in tasks}
+    distinct = list(dict.fromkeys(scores.values()))
+    for score in distinct:
+        own_tasks = [task for task in complete if scores[task] == score]
+        rows += _closing(config, score, own_tasks, names, results, told=len(distinct) > 1)
+    notes = [
+        f"Gains and losses are {' or '.join(score.unit for score in distinct)}, means over the "
+        "rows, with their deviation over seeds."
     ]
-    rows.append(["mean", "", *(number(mean, ".1f") for mean in means)])
-    for title, baseline, sign in (
-        (f"gain over {config.low}", config.low, 1),
-        (f"loss to {config.high}", config.high, -1),
-    ):
-        if baseline in names:
-            gains = {k: mean_gain(results, complete, k, baseline, sign) for k in names}
-            cells = ["" if name == baseline else str(gain) for name, gain in gains.items()]
-            rows.append([title, "", *cells])
-    notes = ["Gains and losses are points, means over the rows, with their deviation over seeds."]
     if config.tune:
         seeds = count(config.tuning_seeds, "seed")
-        notes.append(f"Each at the rate of the best validation accuracy, over {seeds}.")
+        what = " or ".join(score.title.partition(",")[0] for score in distinct)
+        notes.append(f"Each at the rate of the best validation {what}, over {seeds}.")
     if len(complete) < len(tasks):
         notes.append("The closing rows leave out what not every recipe finished.")
+    titles = ", and ".join(score.title for score in distinct)
     return Table(
-        f"Test accuracy, %, mean ± deviation over {count(n, 'seed')}; {config.optimizer}",
+        f"Test {titles}, mean ± deviation over {count(n, 'seed')}; {config.optimizer}",
         ["data set", "model", *names],
         rows,
         notes,
@@ -191,21 +239,53 @@ def _table(
     )
 
 
+def _closing(
+    config: TablesConfig,
+    score: Score,
+    tasks: list[Task],
+    names: list[str],
+    results: Results,
+    *,
+    told: bool,
+) -> list[list[str]]:
+    """Mean, gain and loss over the tasks of one score; ``told`` says of which."""
+
+    def mean(name: str) -> str:
+        means = [score.of(results[*task, name]).mean for task in tasks]
+        return format(fmean(means), score.form) if means else "-"
+
+    rows = [[f"mean, {score.title}" if told else "mean", "", *map(mean, names)]]
+    for title, baseline, sign in (
+        (f"gain over {config.low}", config.low, 1),
+        (f"loss to {config.high}", config.high, -1),
+    ):
+        if baseline in names:
+            gains = {k: mean_gain(results, tasks, k, baseline, sign) for k in names}
+            cells = ["" if name == baseline else str(gain) for name, gain in gains.items()]
+            rows.append([f"{title}, {score.unit}" if told else title, "", *cells])
+    return rows
+
+
 def _cell(config: TablesConfig, result: Result) -> str:
-    text = accuracy(result).text(len(config.seeds))
+    text = score_of(result).of(result).text(len(config.seeds))
     return f"{text} at {result.rate:g}" if config.tune and result.rate is not None else text
 
 
 def mean_gain(
-    results: Results, tasks: list[tuple[str, str]], name: str, baseline: str, sign: int = 1
+    results: Results, tasks: list[Task], name: str, baseline: str, sign: int = 1
 ) -> Estimate:
-    """Points of a recipe over another, averaged over the tasks, with the deviation over seeds.
+    """How much better a recipe is than another, averaged over the tasks, with the deviation over
+    seeds.
 
-    Only seeds count that both recipes finished on every task.
+    The tasks have one score. Only seeds count that both recipes finished on every task.
     """
-    gains = [differences(results[*task, name], results[*task, baseline]) for task in tasks]
-    seeds = set(gains[0]).intersection(*gains) if gains else set()
-    return Estimate.of([sign * fmean(gain[seed] for gain in gains) for seed in sorted(seeds)])
+    if not tasks:
+        return Estimate.of([])
+    score = score_of(results[*tasks[0], name])
+    gains = [score.gains(results[*task, name], results[*task, baseline]) for task in tasks]
+    seeds = set(gains[0]).intersection(*gains)
+    means = [sign * fmean(gain[seed] for gain in gains) for seed in sorted(seeds)]
+    return Estimate.of(means, score.form)
 
 
 if __name__ == "__main__":

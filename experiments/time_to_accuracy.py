@@ -27,7 +27,7 @@ from experiments.show import race
 from experiments.sweeps.run import run_groups
 from experiments.sweeps.specs import Spec, parse
 from experiments.sweeps.sweep import OTHER_RATES, Group, Result, SweepConfig, parse_all
-from experiments.sweeps.tables import accuracy, publish
+from experiments.sweeps.tables import ACCURACY, publish
 from fqt_jax.models import TOKEN_MODELS
 
 _FLOAT = "full_precision"
@@ -201,7 +201,7 @@ def _targets(config: TimeConfig, baseline: Result | None) -> dict[str, float]:
     """Accuracies in %, by the titles of their columns."""
     targets = {f"{target:g} %": target for target in sorted(set(config.targets))}
     if baseline is not None and baseline.summaries:
-        end = accuracy(baseline).mean
+        end = ACCURACY.of(baseline).mean
         targets[f"{config.baseline}'s {end:.1f} %"] = end
     return targets
 

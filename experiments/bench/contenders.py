@@ -14,7 +14,6 @@ import optax
 from flax import nnx
 
 from experiments.cli import UserError
-from experiments.data.text import LENGTH
 from fqt_jax.convert import quantize
 from fqt_jax.diagnostics import LayerShape, layer_shapes
 from fqt_jax.estimators import Estimator, FullBatch, OneDraw
@@ -62,7 +61,7 @@ class Setting:
     image_size: int
     num_classes: int = 10
     in_features: int = 3
-    length: int = LENGTH
+    length: int = 128
 
     @property
     def is_text(self) -> bool:

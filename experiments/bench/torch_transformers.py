@@ -8,7 +8,7 @@ from experiments.bench.contenders import Setting
 from fqt_jax.models.common import scaled
 from fqt_jax.models.gpt import GPTSmall
 from fqt_jax.models.transformer import HEAD_FEATURES
-from fqt_jax.models.vit import PATCH, ViTSmall
+from fqt_jax.models.vit import PATCH, POSITION_DEVIATION, ViTSmall
 
 _EPSILON = 1e-6
 """Of Flax's layer norms."""
@@ -89,9 +89,10 @@ def vit(setting: Setting) -> Any:
     class ViT(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.stem = nn.Conv2d(setting.in_features, features, patch, patch)
+            self.stem = nn.Conv2d(setting.in_features, features, 2 * patch - 1, patch, patch - 1)
             patches = (setting.image_size // patch) ** 2
-            self.positions = nn.Parameter(0.02 * torch.randn(patches, features))
+            start = POSITION_DEVIATION * torch.randn(patches, features)
+            self.positions = nn.Parameter(start)
             self.blocks = _blocks(depth, features, causal=False)
             self.norm = nn.LayerNorm(features, _EPSILON)
             self.head = nn.Linear(features, setting.num_classes)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pydoc_data import topics
 
 import numpy as np
+import numpy.typing as npt
 
 from experiments.data.dataset import DataError, Dataset
 from experiments.data.splits import TEST_SEED, content_key, content_keys
@@ -77,6 +78,17 @@ def encode(text: str) -> np.ndarray:
     known[[ord(character) for character in CHARACTERS]] = np.arange(other)
     codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     return known[np.minimum(codes, 127)]
+
+
+def decode(tokens: npt.ArrayLike) -> str:
+    """The text of tokens, ``[N]``; a � stands for the token that many characters share.
+
+    Example:
+      >>> decode(encode("if x:\\n    ä"))
+      'if x:\\n    �'
+    """
+    characters = (*CHARACTERS, "\N{REPLACEMENT CHARACTER}")
+    return "".join(characters[token] for token in np.asarray(tokens))
 
 
 def load_text(name: str, *, validation_fraction: float, seed: int, limit: int | None) -> Dataset:

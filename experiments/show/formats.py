@@ -37,23 +37,28 @@ class Estimate:
     Example:
       >>> str(Estimate.of([97.0, 98.0])), str(Estimate.of([97.0])), str(Estimate.of([]))
       ('97.5 ± 0.7', '97.0', '-')
+      >>> str(Estimate.of([3.5, 3.75], ".3f"))
+      '3.625 ± 0.177'
     """
 
     mean: float
     deviation: float
     n: int
+    form: str = ".1f"
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Estimate:
-        """The estimate from some values."""
+    def of(cls, values: Sequence[float], form: str = ".1f") -> Estimate:
+        """The estimate from some values, and the form in which it is written."""
         n = len(values)
         mean = statistics.fmean(values) if n else float("nan")
-        return cls(mean, statistics.stdev(values) if n > 1 else float("nan"), n)
+        return cls(mean, statistics.stdev(values) if n > 1 else float("nan"), n, form)
 
     def __str__(self) -> str:
         if self.n == 0:
             return "-"
-        return spread(self.mean, self.deviation) if self.n > 1 else f"{self.mean:.1f}"
+        if self.n == 1:
+            return format(self.mean, self.form)
+        return spread(self.mean, self.deviation, self.form)
 
     def text(self, seeds: int) -> str:
         """With the number of values, where it is not that of the seeds."""

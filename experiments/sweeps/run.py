@@ -155,7 +155,7 @@ def _describe(report: dict[str, Any]) -> str:
     if "summary" not in report:
         return ""
     s = report["summary"]
-    return (
-        f"rate {s['learning_rate']:g}, seed {s['seed']}: validation accuracy "
-        f"{s['validation_accuracy']:.1%} ({s['seconds']:.0f} s)"
-    )
+    found = f"validation accuracy {s['validation_accuracy']:.1%}"
+    if "validation_bits" in s:
+        found = f"{s['validation_bits']:.3f} bits per character in the validation"
+    return f"rate {s['learning_rate']:g}, seed {s['seed']}: {found} ({s['seconds']:.0f} s)"

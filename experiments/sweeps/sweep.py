@@ -22,6 +22,7 @@ from experiments.cli import UserError
 from experiments.data import DATASETS, embedded
 from experiments.runs.finetuning import FinetuneConfig
 from experiments.runs.folders import write_json
+from experiments.runs.kinds import kind_named
 from experiments.runs.saved_config import config_from_json
 from experiments.sweeps.specs import Axis, Spec, parse
 from fqt_jax.kernels import check_implementation
@@ -161,6 +162,11 @@ class Group:
         text = f"{config.dataset}-{config.model}-{config.variant}-{config.optimizer}-{lr:g}"
         return Cell(f"{re.sub(r'[^A-Za-z0-9.-]+', '_', text)}-seed{seed}-{digest}", config)
 
+    @property
+    def is_text(self) -> bool:
+        """Whether runs are judged by bits per character, and not by accuracy."""
+        return "bits" in kind_named(self.base.dataset).metrics
+
     def to_json(self) -> dict[str, Any]:
         """The group as JSON values."""
         return {**dataclasses.asdict(self), "base": self.base.to_json()}
@@ -285,16 +291,18 @@ def _tuning_cells(group: Group, rate: float) -> list[Cell]:
 def best_rate(group: Group, rates: Sequence[float], store: Store) -> float | None:
     """The rate of the highest validation accuracy, then of the least validation loss.
 
-    Both are means over the seeds that tune; a rate at which one of them failed is not chosen.
-    None where that happened at every rate.
+    Where text is the data, the loss comes first: it is the bits per character. Both are means over
+    the seeds that tune; a rate at which one of them failed is not chosen. None where that happened
+    at every rate.
     """
     found = []
     for rate in rates:
         validation = _validation(group, rate, store)
         if validation is not None:
             accuracy, loss = validation
-            found.append((accuracy, -loss, rate))
-    return max(found)[2] if found else None
+            order = (-loss, accuracy) if group.is_text else (accuracy, -loss)
+            found.append((*order, rate))
+    return max(found)[-1] if found else None
 
 
 def _validation(group: Group, rate: float, store: Store) -> tuple[float, float] | None:
@@ -325,7 +333,8 @@ class Result:
     Attributes:
       group: the group.
       rate: the learning rate, chosen or given; None where no run of the grid came to its end.
-      tried: validation accuracy by rate, over the seeds that tune; None where one of them failed.
+      tried: validation accuracy, or of text bits per character, by rate, over the seeds that tune;
+        None where one of them failed.
       summaries: of the finished runs at that rate, by seed.
       histories: their epochs.
       failures: what went wrong, by the cell's name.
@@ -362,7 +371,9 @@ def collect(group: Group, store: Store) -> Result:
             rate = cell.config.learning_rate
             if cell.config.seed == group.seeds[0] and rate is not None:
                 validation = _validation(group, rate, store)
-                tried[rate] = None if validation is None else validation[0]
+                tried[rate] = validation and (
+                    validation[1] / math.log(2) if group.is_text else validation[0]
+                )
     chosen = best_rate(group, sorted(tried), store)
     none_left = bool(group.rates) and chosen is None
     final = {} if none_left else {seed: group.cell(seed, chosen) for seed in group.seeds}

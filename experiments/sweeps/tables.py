@@ -14,9 +14,47 @@ from experiments.show.formats import Estimate, Table, show, to_latex, to_markdow
 from experiments.sweeps.sweep import Result
 
 
-def accuracy(result: Result) -> Estimate:
-    """Test accuracy in percent."""
-    return Estimate.of([100 * value for value in result.values("test_accuracy")])
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """What is told of a run's test split.
+
+    Attributes:
+      title: how tables call it.
+      unit: of differences.
+      name: in summaries.
+      factor: from there to the table.
+      sign: 1 where more is better, -1 where less is.
+      form: how it is written.
+    """
+
+    title: str
+    unit: str
+    name: str
+    factor: float
+    sign: int
+    form: str
+
+    def of(self, result: Result) -> Estimate:
+        """Its estimate over the seeds."""
+        return Estimate.of([self.factor * value for value in result.values(self.name)], self.form)
+
+    def gains(self, result: Result, baseline: Result) -> dict[int, float]:
+        """How much better a result is than a baseline, for each seed that both finished."""
+        factor = self.sign * self.factor
+        return {
+            seed: factor * (summary[self.name] - baseline.summaries[seed][self.name])
+            for seed, summary in result.summaries.items()
+            if seed in baseline.summaries
+        }
+
+
+ACCURACY = Score("accuracy, %", "points", "test_accuracy", 100.0, 1, ".1f")
+BITS = Score("bits per character", "bits", "test_bits", 1.0, -1, ".3f")
+
+
+def score_of(result: Result) -> Score:
+    """Bits per character where text is the data, and accuracy elsewhere."""
+    return BITS if result.group.is_text else ACCURACY
 
 
 def cost(result: Result, name: str) -> float | None:
@@ -25,15 +63,6 @@ def cost(result: Result, name: str) -> float | None:
     Of the seeds' medians it is the least: what disturbs a step only ever lengthens it.
     """
     return min(result.values(name), default=None)
-
-
-def differences(result: Result, baseline: Result) -> dict[int, float]:
-    """Test accuracy over that of a baseline in points, for each seed that both finished."""
-    return {
-        seed: 100 * (summary["test_accuracy"] - baseline.summaries[seed]["test_accuracy"])
-        for seed, summary in result.summaries.items()
-        if seed in baseline.summaries
-    }
 
 
 def publish(

@@ -12,11 +12,17 @@ from fqt_jax.models.common import scaled
 from fqt_jax.models.transformer import Block
 
 PATCH = {"small": 4, "imagenet": 16}
-"""Height and width of a patch by the name of the stem."""
+"""Height and width of a patch, P, by the name of the stem."""
+
+POSITION_DEVIATION = 0.5
+"""Standard deviation of positions at the start: not the usual 0.02, which signs cannot see beside
+patches of deviation 1."""
 
 
 class VisionTransformer(nnx.Module):
     """Patches by a strided convolution, learned positions, blocks, and a mean over the patches.
+
+    Patches overlap: their windows are of 2P - 1 pixels at strides of P (PVT v2, arXiv 2106.13797).
 
     Args:
       depth: number of blocks (:class:`fqt_jax.models.transformer.Block`).
@@ -63,11 +69,12 @@ class VisionTransformer(nnx.Module):
                 f"{height}x{columns}."
             )
         self.image_size = (height, columns)
+        size, pad = 2 * patch - 1, (patch - 1, patch - 1)
         self.stem = nnx.Conv(
-            in_features, features, (patch, patch), patch, padding="VALID", rngs=rngs
+            in_features, features, (size, size), patch, padding=[pad, pad], rngs=rngs
         )
         patches = height * columns // patch**2
-        init = nnx.initializers.normal(0.02)
+        init = nnx.initializers.normal(POSITION_DEVIATION)
         self.positions = nnx.Param(init(rngs.params(), (patches, features)))
         self.blocks = nnx.List(Block(features, rngs=rngs) for _ in range(depth))
         self.norm = nnx.LayerNorm(features, rngs=rngs)

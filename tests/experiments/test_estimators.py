@@ -9,7 +9,14 @@ from flax import nnx
 
 from experiments import pretrain
 from experiments.cli import UserError
-from experiments.estimators import ConstantNorm, Error, EstimatorsConfig, main, relative_error
+from experiments.estimators import (
+    ConstantNorm,
+    Error,
+    EstimatorsConfig,
+    _kernels,
+    main,
+    relative_error,
+)
 from fqt_jax.models import VGG
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion", "own_folder", "tiny_vgg")
@@ -27,6 +34,25 @@ def test_bias_and_noise_are_told_apart(rng, bias):
 
 def test_no_deviation_is_no_error():
     assert relative_error(np.zeros((4, 3)), 0.0, 32, norm=1.0) == Error(0.0, 0.0, 0.0)
+
+
+def test_queries_keys_and_values_are_kernels_of_their_own():
+    kernel = np.arange(12.0).reshape(2, 6)
+    tree = {
+        "attention": {"qkv": {"layer": {"kernel": kernel}, "bias": kernel}},
+        "up": {"kernel": kernel},
+    }
+    found = _kernels(tree)
+    assert list(found) == ["attention/q", "attention/k", "attention/v", "up"]
+    np.testing.assert_array_equal(found["attention/k"], kernel[:, 2:4])
+    np.testing.assert_array_equal(np.concatenate([*found.values()][:3], axis=1), kernel)
+
+
+def test_text_has_no_labels_to_lay_a_batch_out_by():
+    labels = EstimatorsConfig(dataset="pydoc", model="gpt_small").runs()
+    assert {"psq1", "fqt1", "one draw"} <= set(labels)
+    assert not any("stratified" in label for label in labels)
+    assert "one draw, stratified" in EstimatorsConfig().runs()
 
 
 @pytest.mark.slow

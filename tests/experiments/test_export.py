@@ -125,9 +125,25 @@ def test_what_cannot_be_predicted_is_named(file, images, error, message):
         predict.main(predict.PredictConfig(file(), tuple(map(pathlib.Path, images))))
 
 
+def test_a_model_of_images_continues_no_text():
+    with pytest.raises(UserError, match="the model takes images, and no text"):
+        predict.main(predict.PredictConfig(file_of(GOOD), prompt="a"))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"images": ()}, "name at least one image"), ({"top": 0}, "top must be at least 1; got 0")],
+    [
+        ({"images": ()}, "name at least one image, or give a --prompt"),
+        ({"top": 0}, "top must be at least 1; got 0"),
+        ({"prompt": "a"}, "give either images, or a --prompt"),
+        ({"temperature": 1.0}, "temperature has no effect on images"),
+        ({"seed": 0}, "seed has no effect on images"),
+        ({"images": (), "prompt": "a", "top": 3}, "top has no effect on text"),
+        ({"images": (), "prompt": ""}, "the prompt must have a character"),
+        ({"images": (), "prompt": "a", "characters": 0}, "characters must be at least 1; got 0"),
+        ({"images": (), "prompt": "a", "temperature": -1.0}, "temperature must be from 0 on"),
+        ({"images": (), "prompt": "a", "seed": -1}, "seed must be from 0"),
+    ],
 )
 def test_options_of_predict_are_checked(options, message):
     with pytest.raises(UserError, match=message):

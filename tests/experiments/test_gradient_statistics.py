@@ -66,6 +66,16 @@ def test_the_experiment_writes_its_folder(capsys):
     assert "largest deviation of 4 (2 gradients)" in printed
 
 
+def test_where_samples_are_tokens_whole_inputs_are_samples_too():
+    g = jnp.arange(24.0).reshape(6, 1, 1, 4)
+    found = gradient_statistics._compared(g, inputs=2)
+    assert list(found) == ["psq", "agp_topk/channels", "psq, whole inputs"]
+    whole, quantization = found["psq, whole inputs"]
+    assert quantization is COMPARED["psq"]
+    np.testing.assert_array_equal(whole[1, :, 0], np.arange(12, 24).reshape(3, 4))
+    assert len(gradient_statistics._compared(g, inputs=6)) == 2
+
+
 def test_draws_are_added_up_to_the_precision(monkeypatch):
     blocks = iter([MeasuredError(10.0, 1.0), *[MeasuredError(11.0, 1.0)] * 99])
     monkeypatch.setattr(diagnostics, "measured_error", lambda *_: next(blocks))

@@ -15,15 +15,15 @@ from experiments.sweeps.plots import Row, plot_curves, plot_intervals
 from experiments.sweeps.run import run_groups
 from experiments.sweeps.specs import parse
 from experiments.sweeps.sweep import Group, Store, SweepConfig, best_rate, collect, parse_all, plan
-from experiments.sweeps.tables import accuracy, differences
-from experiments.tables import mean_gain
+from experiments.sweeps.tables import ACCURACY, BITS, score_of
+from experiments.tables import mean_gain, pairs
 
 
 def group(rates=(), seeds=(0, 1), **options) -> Group:
     return Group({"recipe": "fqt1"}, FinetuneConfig(**options), tuple(seeds), tuple(rates))
 
 
-def finish(store: Store, cell, *, validation=0.5, test=0.5, loss=1.0) -> None:
+def finish(store: Store, cell, *, validation=0.5, test=0.5, loss=1.0, **more) -> None:
     folder = store.folder(cell)
     folder.mkdir(parents=True)
     summary = {
@@ -33,7 +33,7 @@ def finish(store: Store, cell, *, validation=0.5, test=0.5, loss=1.0) -> None:
         "test_accuracy": test,
         "gradient_bits": 1.0,
         "step_ms": 2.0,
-    }
+    } | more
     (folder / "summary.json").write_text(json.dumps(summary))
     lines = [{"epoch": e, "train_loss": 1.0 / e, "validation_accuracy": 0.1 * e} for e in (1, 2)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -105,6 +105,41 @@ def test_equal_accuracies_are_told_apart_by_the_loss(tmp_path):
     assert best_rate(cells, (0.1, 0.2), store) == 0.1
 
 
+TEXT = {"dataset": "pydoc", "model": "gpt_small", "from_scratch": True}
+
+
+def test_text_is_judged_by_its_bits(tmp_path):
+    store, cells = Store(tmp_path), group(rates=(0.1, 0.2), seeds=(0,), **TEXT)
+    for rate, accuracy, loss in ((0.1, 0.4, 2.0), (0.2, 0.3, 1.5)):
+        cell = cells.cell(0, rate)
+        finish(store, cell, validation=accuracy, loss=loss, test_bits=10 * rate)
+    finish(store, cells.cell(0, 0.4), validation=0.9, loss=3.0, test_bits=9.0)
+    result = collect(cells, store)
+    assert result.rate == 0.2
+    assert result.tried == pytest.approx(
+        {0.1: 2 / np.log(2), 0.2: 1.5 / np.log(2), 0.4: 3 / np.log(2)}
+    )
+    assert score_of(result) is BITS
+    assert str(BITS.of(result)) == "2.000"
+    other = dataclasses.replace(result, summaries={0: {"test_bits": 2.25}})
+    assert BITS.gains(result, other) == {0: 0.25}  # fewer bits are better
+    gain = mean_gain({("a", "m", "x"): result, ("a", "m", "y"): other}, [("a", "m")], "x", "y")
+    assert str(gain) == "0.250"
+    assert score_of(collect(group(), store)) is ACCURACY
+
+
+@pytest.mark.parametrize(
+    ("datasets", "models", "alone"),
+    [
+        (["pydoc", "digits"], ["lstm"], "pydoc goes with none of lstm"),
+        (["a=digits"], ["lstm", "b=gpt_small"], "b goes with none of a"),
+    ],
+)
+def test_a_task_is_data_and_a_model_that_takes_them(datasets, models, alone):
+    with pytest.raises(UserError, match=alone):
+        pairs(parse_all("dataset", datasets), parse_all("model", models))
+
+
 def test_a_cells_name_follows_from_its_options_alone():
     base = group()
     name = base.cell(0).name
@@ -172,10 +207,10 @@ def results(tmp_path, *accuracies):
 
 def test_means_and_deviations_over_seeds(tmp_path):
     high, low = results(tmp_path, [0.9, 0.8, 0.7], [0.5, None, 0.6])
-    assert str(accuracy(high)) == "80.0 ± 10.0"
-    assert accuracy(low).text(3) == "55.0 ± 7.1 (n = 2)"
-    assert accuracy(results(tmp_path / "x", [None])[0]).text(3) == "-"
-    assert differences(high, low) == pytest.approx({0: 40.0, 2: 10.0})
+    assert str(ACCURACY.of(high)) == "80.0 ± 10.0"
+    assert ACCURACY.of(low).text(3) == "55.0 ± 7.1 (n = 2)"
+    assert ACCURACY.of(results(tmp_path / "x", [None])[0]).text(3) == "-"
+    assert ACCURACY.gains(high, low) == pytest.approx({0: 40.0, 2: 10.0})
 
 
 def test_gains_are_means_over_tasks_with_deviations_over_seeds(tmp_path):

@@ -254,6 +254,41 @@ def test_the_main_table_has_its_closing_rows_and_reports_what_failed(act, capsys
     assert "failed: digits-vgg_small-qat" in capsys.readouterr().err
 
 
+def test_the_main_table_tells_text_in_bits():
+    config = TablesConfig(
+        preset="sequences",
+        datasets=("t=pydoc:from_scratch", "a=digits"),
+        models=("gpt_small", "lstm"),
+        recipes=("psq1", "qat"),
+        seeds=(0, 1),
+        out=pathlib.Path("out"),
+    )
+    tasks = {
+        "gpt_small": {"dataset": "pydoc", "from_scratch": True},
+        "lstm": {"dataset": "digits"},
+    }
+    for (model, options), recipe in itertools.product(tasks.items(), config.recipes):
+        base = FinetuneConfig(model=model, recipe=recipe, pretrain_seed=0, **options)
+        for seed in config.seeds:
+            folder = pathlib.Path("out/cells", Group({}, base, (0, 1)).cell(seed).name)
+            folder.mkdir(parents=True)
+            summary = {"validation_accuracy": 0.5, "validation_loss": 1.0, "gradient_bits": 1}
+            summary |= {"test_accuracy": 0.5 + 0.25 * (recipe == "qat"), "step_ms": 2}
+            if model == "gpt_small":
+                summary["test_bits"] = 4.5 - (recipe == "qat") + seed / 8
+            (folder / "summary.json").write_text(json.dumps(summary))
+            (folder / "metrics.jsonl").write_text("")
+    tables(config)
+    text = pathlib.Path("out/tables.md").read_text()
+    assert "| t, bits | gpt_small | 4.562 ± 0.088 | 3.562 ± 0.088 |" in text
+    assert "| a | lstm | 50.0 ± 0.0 | 75.0 ± 0.0 |" in text
+    assert "| mean, bits per character |  | 4.562 | 3.562 |" in text
+    assert "| gain over psq1, bits |  |  | 1.000 ± 0.000 |" in text
+    assert "| loss to qat, bits |  | 1.000 ± 0.000 |  |" in text
+    assert "| loss to qat, points |  | 25.0 ± 0.0 |  |" in text
+    assert "| gpt_small | " not in text.replace("| t, bits | gpt_small | ", "")
+
+
 def test_the_main_table_at_tuned_rates(capsys):
     config = TablesConfig(
         datasets=("a=digits:learning_rate=2e-3",),

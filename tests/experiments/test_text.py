@@ -10,7 +10,8 @@ from pydoc_data import topics
 import numpy as np
 import pytest
 
-from experiments import export, report
+from experiments import estimators, export, gradient_statistics, predict, report
+from experiments.cli import UserError
 from experiments.data import DataError, Sequences, load, text
 from experiments.finetune import FinetuneConfig
 from experiments.finetune import main as finetune
@@ -21,13 +22,9 @@ from fqt_jax.models import GPT, MODELS
 TEXTS = topics.topics
 
 
-def decoded(tokens) -> str:
-    return "".join((*text.CHARACTERS, "�")[token] for token in np.ravel(tokens))
-
-
 def test_tokens_are_characters_and_all_others_are_one():
     tokens = text.encode("Aé\n~\t")
-    assert decoded(tokens) == "A�\n~�"
+    assert text.decode(tokens) == "A�\n~�"
     assert tokens.dtype == np.uint8
     assert text.encode(text.CHARACTERS).tolist() == list(range(text.NUM_CLASSES - 1))
 
@@ -42,7 +39,7 @@ def test_labels_are_the_characters_after():
     whole = [re.sub(r"[^\n -~]", "�", each) for each in TEXTS.values()]
     split = data.train
     found = [
-        any(decoded([*tokens, labels[-1]]) in each for each in whole)
+        any(text.decode([*tokens, labels[-1]]) in each for each in whole)
         for tokens, labels in zip(split.tokens, split.labels, strict=True)
     ]
     assert np.mean(found) > 0.8
@@ -123,6 +120,17 @@ def test_a_run_on_text_is_measured_in_bits_and_reported(tiny_text, capsys):
     export.main(export.ExportConfig(run, pathlib.Path("gpt.safetensors")))
     assert "bit for bit, on 32 test sequences" in capsys.readouterr().out
 
+    file, texts = pathlib.Path("gpt.safetensors"), []
+    for seed in (0, 0, 1):
+        options = {"prompt": "for é", "characters": 30, "seed": seed}
+        predict.main(predict.PredictConfig(file, **options))
+        texts.append(capsys.readouterr().out)
+    assert texts[0].startswith("for é")
+    assert len(texts[0]) == len("for é") + 30 + len("\n")
+    assert texts[0] == texts[1] != texts[2]
+    with pytest.raises(UserError, match="the model takes text, and no images"):
+        predict.main(predict.PredictConfig(file, (pathlib.Path("a.png"),)))
+
 
 @pytest.mark.slow
 def test_a_run_on_text_starts_from_another_and_resumes(tiny_text):
@@ -135,6 +143,26 @@ def test_a_run_on_text_starts_from_another_and_resumes(tiny_text):
     finetune(FinetuneConfig(resume=pathlib.Path("run")))
     again = json.loads(pathlib.Path("run/summary.json").read_text())
     assert again["test_bits"] == summary["test_bits"]
+
+
+@pytest.mark.slow
+def test_gradients_of_text_are_measured(tiny_text):
+    out = pathlib.Path("noise")
+    options = TINY | {"epochs": 1, "width": 1.0}
+    measured = {"estimators": ("psq1", "fqt1:one_draw"), "images": 16, "draws": 16, "layers": True}
+    estimators.main(estimators.EstimatorsConfig(**options, **measured, out=out))
+    rows = (out / "tables.md").read_text()
+    assert "n = 16 sequences" in rows
+    assert all(f"| blocks/0/attention/{part} |" in rows for part in "qkv")
+    out = pathlib.Path("statistics")
+    measured = {"recipe": "fqt1", "diagnosed_images": 4, "draws": 2, "precision": 9.0, "passes": 1}
+    gradient_statistics.main(gradient_statistics.StatisticsConfig(**options, **measured, out=out))
+    errors = json.loads((out / "errors.json").read_text())
+    found = {
+        row["quantization"]: row["predicted"] for row in errors if row["layer"] == "blocks/0/up"
+    }
+    # One scale for all tokens of a sequence is never less noise than one for each.
+    assert found["psq, whole inputs"] > found["psq"] > 0
 
 
 @pytest.mark.slow

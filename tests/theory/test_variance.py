@@ -228,3 +228,15 @@ def test_errors():
         theory.gradient_error(np.ones((3, 3)), AGP, product="both")
     with pytest.raises(ValueError, match="topk"):
         theory.agp_bound(np.ones((3, 3)), dataclasses.replace(AGP, sampler="topk"))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_tokens_are_never_worse_groups_than_their_sequences(seed):
+    sequences = gradient(seed)
+    tokens = sequences.reshape(-1, 1, 1, sequences.shape[-1])
+    quantizer = dataclasses.replace(AGP, importance="norm")
+    coarse, fine = (theory.gradient_error(g, quantizer).mask for g in (sequences, tokens))
+    assert 0 < fine <= coarse * (1 + 1e-6)
+    assert fine < 0.95 * coarse  # they are unlike each other
+    coarse, fine = (theory.per_sample_bound(g, bits=1) for g in (sequences, tokens))
+    assert 0 < fine < coarse
