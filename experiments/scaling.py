@@ -52,7 +52,7 @@ class ScalingConfig:
 
     def __post_init__(self) -> None:
         for name in ("devices", "processes", "hosts", "gigabits"):
-            if min(getattr(self, name), default=0) <= 0:
+            if min(getattr(self, name), default=name == "processes") <= 0:
                 raise cli.UserError(f"{name} must be positive numbers.")
         if self.steps < 1 or self.latency_us < 0:
             raise cli.UserError("steps must be at least 1, and latency_us at least 0.")

@@ -27,7 +27,7 @@ class Gap(NamedTuple):
       zero_is_below: whether the slope at zero is that of negative numbers, as for ReLU.
       epsilon: of the norm.
       uses_running: whether batch norm takes its running statistics, not those of the batch.
-      axes: of a mesh, over whose devices batch norm takes its statistics; ``None`` for one device.
+      axes: of the mesh over whose devices batch norm takes its statistics; ``None`` for one's own.
     """
 
     norm: Norm | None = None

@@ -8,6 +8,7 @@ from experiments.bench.scaling import Measured, Network, predicted_seconds
 from experiments.bench.traffic import Collective, collectives
 from experiments.scaling import ScalingConfig, main, measured_table, predicted_table
 
+ROOT = pathlib.Path(__file__).parents[2]
 REDUCE = Collective("all-reduce", "f32", 1000, 4000, None)
 GATHER = Collective("all-gather", "u8", 800, 800, 0)
 
@@ -75,7 +76,8 @@ def test_numbers_that_make_no_sense_are_named(options, message):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("own_folder")
-def test_it_measures_devices_and_processes(capsys):
+def test_it_measures_devices_and_processes(capsys, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     config = ScalingConfig(
         width=0.25, image_size=8, batch_size=8, devices=(1, 2), steps=2, out=pathlib.Path("out")
     )
