@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import tyro
 
-from experiments import process
+from experiments import distributed, process
 from experiments.data import DataError
 from experiments.process import Interrupted
 from fqt_jax.checkpoints import CheckpointError
@@ -34,17 +34,26 @@ def run(main: Callable[[Config], None], config_type: type[Config]) -> None:
     see where an error came from.
     """
     process.install()
+    starts = getattr(config_type, "DISTRIBUTED", False)
     module = sys.modules["__main__"]
     name = getattr(module.__spec__, "name", None)
 
     def go() -> None:
         prog = process.command(name.rpartition(".")[2]) if name else None
+        if starts:
+            distributed.start(sys.argv[1:])
         main(parse(config_type, sys.argv[1:], prog=prog, description=module.__doc__))
 
     try:
         _one_line_for_an_error(go)
+    except SystemExit as end:
+        if distributed.several():
+            distributed.settle()
+            distributed.end(int(end.code or 0))
+        raise
     finally:
         process.settle()
+        distributed.settle()
 
 
 def parse(
@@ -135,8 +144,17 @@ def _one_line_for_an_error(go: Callable[[], None]) -> None:
         go()
         return
     try:
-        go()
+        try:
+            go()
+        except Exception as error:  # whatever type the one that noticed gave it
+            if not distributed.is_loss(error):
+                raise
+            hint = f"; {process.hint()}" if process.hint() else "."
+            process.fail(f"{distributed.LOST}{hint}", status=1)
     except Interrupted as stop:
+        distributed.wait_for_all("stopped")
+        if not distributed.first():
+            raise SystemExit(process.status_of_stop()) from None
         process.stopped(stop)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""

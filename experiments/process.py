@@ -45,6 +45,7 @@ class _Process:
     received: int = signal.SIGINT  # the last signal
     handled: int = 0  # signals that the main thread has seen
     deferring: StopOnSignal | None = None
+    errors: int = 2  # the descriptor that errors are written to
     actions: list[Callable[[], None]] = dataclasses.field(default_factory=list)
     ending: threading.Lock = dataclasses.field(default_factory=threading.Lock)  # never released
 
@@ -86,6 +87,21 @@ def on_stop(action: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         _process.actions.remove(action)
+
+
+def before_end(action: Callable[[], None]) -> None:
+    """Has an action done before a signal ends the process at once, from now on."""
+    _process.actions.append(action)
+
+
+def errors_to(descriptor: int) -> None:
+    """Has errors written to another file than that of the standard error."""
+    _process.errors = descriptor
+
+
+def hint() -> str:
+    """What was set by :func:`if_stopped`."""
+    return _process.hint
 
 
 def status_of_stop() -> int:
@@ -170,8 +186,8 @@ def _write(line: str) -> None:
         if sys.stdout is not None and sys.stdout.isatty():
             os.write(sys.stdout.fileno(), b"\x1b[?25h")  # a progress bar hides the cursor
     with contextlib.suppress(OSError, ValueError):
-        newline = "\n" if os.isatty(2) else ""
-        os.write(2, f"{newline}{line}\n".encode())
+        newline = "\n" if os.isatty(_process.errors) else ""
+        os.write(_process.errors, f"{newline}{line}\n".encode())
 
 
 def settle() -> None:

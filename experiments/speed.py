@@ -30,15 +30,11 @@ from experiments.bench.contenders import (
 from experiments.bench.measure import in_process
 from experiments.bench.steps import say
 from experiments.cli import UserError
+from experiments.data.text import LENGTH, NUM_CLASSES
 from experiments.runs.folders import write_json
 from experiments.show.style import FORMATS
-from fqt_jax.models import (
-    IMAGE_SEQUENCE_MODELS,
-    KERAS_MODELS,
-    MODELS,
-    TOKEN_MODELS,
-    TORCH_MODELS,
-)
+from fqt_jax.models import KERAS_MODELS, MODELS, TORCH_MODELS
+from fqt_jax.models.vit import PATCH
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +42,16 @@ class SpeedConfig:
     """What is measured."""
 
     model: str = "vgg16"
-    """Model: vgg_small, vgg11, vgg13, vgg16, vgg19, resnet18, resnet34, resnet50 or mobilenet."""
+    """Model: vgg_small, vgg11, vgg13, vgg16, vgg19, resnet18, resnet34, resnet50, mobilenet,
+    vit_small or gpt_small."""
     width: float = 1.0
     """Factor on the model's number of channels."""
     batch_size: int = 128
-    """Images in a step."""
+    """Images, or sequences of text, in a step."""
     image_size: int = 32
-    """Height and width of the images; a ResNet has its ImageNet stem from 96 on."""
+    """Height and width of the images; from 96 on the stem is that for ImageNet."""
+    length: int = LENGTH
+    """Characters in a sequence of text."""
 
     recipes: tuple[str, ...] = (
         "fqt1",
@@ -89,7 +88,8 @@ class SpeedConfig:
     """Draw the steps' times to this file."""
 
     def __post_init__(self) -> None:
-        others = TORCH_MODELS | KERAS_MODELS | IMAGE_SEQUENCE_MODELS | TOKEN_MODELS
+        # Those of other libraries' form, and recurrent ones, have no twin in PyTorch here.
+        others = [*TORCH_MODELS, *KERAS_MODELS, "lstm", "gru"]
         models = [name for name in MODELS if name not in others]
         if self.model not in models:
             raise UserError(f"unknown model {self.model!r}; known models: {', '.join(models)}.")
@@ -101,7 +101,13 @@ class SpeedConfig:
             resolve_implementations(self.implementations)
         except ValueError as error:
             raise UserError(str(error)) from None
-        for name, lowest in (("batch_size", 1), ("image_size", 1), ("repeats", 1), ("warmup", 1)):
+        for name, lowest in (
+            ("batch_size", 1),
+            ("image_size", 1),
+            ("length", 1),
+            ("repeats", 1),
+            ("warmup", 1),
+        ):
             if getattr(self, name) < lowest:
                 raise UserError(f"{name} must be at least {lowest}; got {getattr(self, name)}.")
         if not self.width > 0:
@@ -112,7 +118,20 @@ class SpeedConfig:
             raise UserError("plot draws the times of steps, which layers and check leave out.")
         if self.memory and (self.layers or self.check):
             raise UserError("memory is that of steps, which layers and check leave out.")
+        idle = "image_size" if self.setting().is_text else "length"
+        if getattr(self, idle) != getattr(SpeedConfig, idle):
+            raise UserError(f"{idle} has no effect on {self.model}.")
+        if self.model == "vit_small":
+            self._check_patches()
         self.thread_counts()
+
+    def _check_patches(self) -> None:
+        patch = PATCH[self.setting().stem]
+        if self.image_size % patch:
+            raise UserError(
+                f"image_size must be a multiple of {patch}, the size of a patch of vit_small; got "
+                f"{self.image_size}."
+            )
 
     def thread_counts(self) -> list[int]:
         """``threads`` as numbers."""
@@ -131,7 +150,10 @@ class SpeedConfig:
     def setting(self) -> Setting:
         """The model and the data."""
         batch_size = min(self.batch_size, 8) if self.check else self.batch_size
-        return Setting(self.model, self.width, batch_size, self.image_size)
+        setting = Setting(self.model, self.width, batch_size, self.image_size, length=self.length)
+        if setting.is_text:
+            setting = dataclasses.replace(setting, num_classes=NUM_CLASSES)
+        return setting
 
     def request(self, kind: str, threads: int, contender: str | None = None) -> dict[str, Any]:
         """What :func:`experiments.bench.measure.measure` takes, as JSON values."""

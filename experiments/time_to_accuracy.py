@@ -28,7 +28,7 @@ from experiments.sweeps.run import run_groups
 from experiments.sweeps.specs import Spec, parse
 from experiments.sweeps.sweep import OTHER_RATES, Group, Result, SweepConfig, parse_all
 from experiments.sweeps.tables import ACCURACY, publish
-from fqt_jax.models import IMAGE_SEQUENCE_MODELS, TOKEN_MODELS
+from fqt_jax.models import TOKEN_MODELS
 
 _FLOAT = "full_precision"
 """The recipe whose accuracy all float contenders take."""
@@ -141,8 +141,10 @@ def _group(config: TimeConfig, task: Spec, model: Spec, recipe: str) -> Group:
 def _setting(group: Group) -> Setting:
     """What a step of the group's runs computes."""
     base = group.base
-    if base.model in {**IMAGE_SEQUENCE_MODELS, **TOKEN_MODELS}:
-        raise cli.UserError(f"{base.model} has no form in PyTorch here to compare with.")
+    if base.model in ("lstm", "gru", *TOKEN_MODELS):
+        raise cli.UserError(
+            f"{base.model} is not timed here: choose a convolutional network or vit_small."
+        )
     dataset = load_dataset(base)
     base.check_batch(len(dataset.train))
     height, width = dataset.image_size

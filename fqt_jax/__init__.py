@@ -7,6 +7,7 @@ from fqt_jax import theory as theory
 from fqt_jax import training as training
 from fqt_jax import weights as weights
 from fqt_jax._versions import warn_of_defects as _warn_of_defects
+from fqt_jax.attention import self_attention as self_attention
 from fqt_jax.binarize import PackedBits as PackedBits
 from fqt_jax.binarize import binarize as binarize
 from fqt_jax.binarize import weight_scale as weight_scale

@@ -12,7 +12,12 @@ from fqt_jax import kernels
 
 
 def adam(
-    learning_rate: optax.ScalarOrSchedule, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    *,
+    freeze_after: int | None = None,
 ) -> optax.GradientTransformation:
     """:func:`optax.adam`, its moments on :func:`scale_by_adam`.
 
@@ -21,6 +26,8 @@ def adam(
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the root of the second moment.
+      freeze_after: steps after which the second moment stays as it is, as in 1-bit Adam
+        (:class:`fqt_jax.exchange.Signs`); ``None`` for never.
 
     Returns:
       A transformation whose state has the structure of :func:`optax.adam`'s.
@@ -34,13 +41,13 @@ def adam(
       [-0.1, 0.1]
     """
     return optax.chain(
-        scale_by_adam(b1, b2, eps),
+        scale_by_adam(b1, b2, eps, freeze_after=freeze_after),
         optax.scale_by_learning_rate(learning_rate),
     )
 
 
 def scale_by_adam(
-    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
+    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, *, freeze_after: int | None = None
 ) -> optax.GradientTransformation:
     r""":func:`optax.scale_by_adam` that goes over memory once on CPUs.
 
@@ -56,6 +63,8 @@ def scale_by_adam(
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the root of the second moment.
+      freeze_after: steps after which :math:`v` and its correction stay as they are; ``None`` for
+        never.
 
     Returns:
       A transformation with Optax's state, :class:`optax.ScaleByAdamState`.
@@ -72,8 +81,15 @@ def scale_by_adam(
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
         count = optax.safe_increment(state.count)
-        inverse1, inverse2 = (1 / (1 - jnp.float32(decay) ** count) for decay in (b1, b2))
-        numbers = (1 - b1, b1, 1 - b2, b2, inverse1, inverse2, eps)
+        of_second: Any = count
+        new: Any = 1 - b2
+        kept: Any = b2
+        if freeze_after is not None:
+            of_second = jnp.minimum(count, freeze_after)
+            new, kept = (jnp.where(count > freeze_after, a, b) for a, b in ((0.0, new), (1.0, b2)))
+        inverse1 = 1 / (1 - jnp.float32(b1) ** count)
+        inverse2 = 1 / (1 - jnp.float32(b2) ** of_second)
+        numbers = (1 - b1, b1, new, kept, inverse1, inverse2, eps)
         factors = jnp.stack([jnp.asarray(number, jnp.float32) for number in numbers])
         grads, treedef = jax.tree.flatten(updates)
         moments = (jax.tree.leaves(state.mu), jax.tree.leaves(state.nu))

@@ -44,7 +44,7 @@ def fits(parts: Sequence[Part], run: Run, args: tuple[Any, ...], kwargs: dict[st
     if products and x.shape[-1] != products[0].kernel.shape[-2]:
         return False
     norms = [parts[gap.norm].layer for gap in run.gaps if gap.norm is not None]
-    return all(norm.use_running_average is not None for norm in norms)
+    return all(getattr(norm, "use_running_average", False) is not None for norm in norms)
 
 
 def run_fused(
@@ -139,13 +139,14 @@ def gap_of(layers: Sequence[Any], gap: GapParts) -> Gap:
     act: Any = None if gap.act is None else layers[gap.act]
     act_first = gap.norm is not None and gap.act is not None and gap.act < gap.norm
     return Gap(
-        has_norm=norm is not None,
+        norm=None if norm is None else ("layer" if isinstance(norm, nnx.LayerNorm) else "batch"),
         order="act_norm" if act_first else "norm_act",
         pool=1 if gap.pool is None else pool_of(layers[gap.pool]),
         slope=1.0 if act is None else slope_of(act),
         zero_is_below=act is not None and zero_is_below(act),
         epsilon=0.0 if norm is None else float(norm.epsilon),
-        uses_running=norm is not None and bool(norm.use_running_average),
+        uses_running=isinstance(norm, nnx.BatchNorm) and bool(norm.use_running_average),
+        axes=norm.axis_name if isinstance(norm, nnx.BatchNorm) else None,
     )
 
 
@@ -164,9 +165,9 @@ def params_of(layers: Sequence[Any], gap: GapParts, before: Any, after: Any) -> 
 
 
 def running_of(layers: Sequence[Any], gap: GapParts, n: int) -> Running | None:
-    """The statistics that a gap's norm holds, for a batch of ``n`` rows."""
+    """The statistics that a gap's batch norm holds, for a batch of ``n`` rows."""
     norm: Any = None if gap.norm is None else layers[gap.norm]
-    if norm is None:
+    if not isinstance(norm, nnx.BatchNorm):
         return None
     weights = norm.weights[...] if isinstance(norm, RowNorm) else None
     if weights is not None and len(weights) != n:
@@ -179,8 +180,9 @@ def dtype_of(dtype: Any, layers: Sequence[Callable[..., Any]]) -> Any:
     for layer in layers:
         if isinstance(layer, QuantLayer):
             dtype = layer.dtype or dtype
-        if isinstance(layer, nnx.BatchNorm | nnx.PReLU):
-            held = [layer.mean, layer.scale, layer.bias] if isinstance(layer, nnx.BatchNorm) else []
+        if isinstance(layer, nnx.BatchNorm | nnx.LayerNorm | nnx.PReLU):
+            held = [] if isinstance(layer, nnx.PReLU) else [layer.scale, layer.bias]
+            held += [layer.mean] if isinstance(layer, nnx.BatchNorm) else []
             types = [variable.dtype for variable in held if variable is not None]
             dtype = layer.dtype or jnp.result_type(dtype, *types)
     return jnp.dtype(dtype)

@@ -1,7 +1,8 @@
 """The inference form of a quantized model: packed signs, and everything between them folded.
 
 A run of layers that fuses becomes its packed weights and, for each place between two products, the
-six coefficients of the function that norm, activation, scale, bias and threshold come to. Other
+six coefficients of the function that norm, activation, scale, bias and threshold come to, or the
+twelve around a layer norm. Other
 quantized layers keep their form, with packed weights. The kernels are those of training, so that
 the outputs are the same bits.
 """
@@ -24,15 +25,15 @@ from fqt_jax.assemble import (
     gap_of,
     kernel_of,
     params_of,
-    pool_of,
     running_of,
 )
 from fqt_jax.binarize import PackedBits, weight_scale
 from fqt_jax.fused import Gap, GapParams, Link, Running, Weights, float_conv
-from fqt_jax.fused.line import line_of
+from fqt_jax.fused.gaps import Function, encode
+from fqt_jax.fused.line import line_of, normed_of
 from fqt_jax.fused.product import encode_weights
 from fqt_jax.fused.recognize import GapParts, Part, Run, plan, recognize
-from fqt_jax.kernels import Line, Window
+from fqt_jax.kernels import Line, Normed, Window
 from fqt_jax.layer_types import quantized_layers, type_of
 from fqt_jax.layers import ConvGeometry, QuantConv, QuantLayer, QuantLinear
 from fqt_jax.modules import find_modules
@@ -49,7 +50,8 @@ class FrozenRun(nnx.Module):
 
     Attributes:
       words: of the weights of each product.
-      lines: the six coefficients of each gap, ``float32[6, C]`` (:class:`fqt_jax.kernels.Line`).
+      lines: the six coefficients of each gap, ``float32[6, C]`` (:class:`fqt_jax.kernels.Line`), or
+        the twelve around a layer norm (:class:`fqt_jax.kernels.Normed`).
       first: weights of a float convolution that begins it.
       threshold, spread: of the first signs, where nothing else stands before them.
     """
@@ -64,22 +66,22 @@ class FrozenRun(nnx.Module):
         self.first = None if first is None else nnx.Param(kernel_of(first))
         self.geometries = tuple(_geometry(layer) for layer in products)
         self.first_geometry = None if first is None else _geometry(first)
-        self.pools = tuple(1 if g.pool is None else pool_of(layers[g.pool]) for g in run.gaps)
+        self.gaps = tuple(gap_of(layers, gap) for gap in run.gaps)
         self.shapes: tuple[tuple[int, ...], ...] = ()
         lines, words = [], []
         centre: tuple[jax.Array | None, jax.Array | None] = (None, None)
         scale: jax.Array | None = None
-        for i, gap in enumerate(run.gaps):
+        for i, (gap, static) in enumerate(zip(run.gaps, self.gaps, strict=True)):
             before = products[i - 1] if i else None
             after = products[i] if i < len(products) else None
-            static, params = gap_of(layers, gap), params_of(layers, gap, before, after)
+            params = params_of(layers, gap, before, after)
             if scale is None:
                 scale = jnp.ones(_channels(parts, run), jnp.float32)
                 if static == Gap() and first is None and after is not None:
                     centre = params.threshold, params.spread
                     params = params._replace(threshold=None, spread=None)
-            line = _line(static, params, scale, running_of(layers, gap, 1))
-            lines.append(nnx.Param(jnp.stack(line)))
+            function = _function(static, params, scale, running_of(layers, gap, 1))
+            lines.append(nnx.Param(jnp.stack(jax.tree.leaves(function))))
             if after is not None:
                 kernel = kernel_of(after)
                 learned = None if after.scale is None else after.scale[...]
@@ -108,10 +110,8 @@ class FrozenRun(nnx.Module):
             source = (source - next(each)) / next(each)
         nan_samples = None
         for i, (geometry, size) in enumerate(self.geometries):
-            line = Line(*self.lines[i][...])
-            signs, _, nan = kernels.encode(
-                source, line, self.pools[i], implementation=self.implementation
-            )
+            function = _function_of(self.lines[i][...])
+            signs, _, nan = encode(self.gaps[i], source, function, self.implementation)
             nan_samples = nan if i == 0 else nan_samples
             weights = PackedBits(self.words[i][...], self.shapes[i])
             window = _window(geometry, size, (signs.shape[0], signs.shape[1]))
@@ -120,7 +120,7 @@ class FrozenRun(nnx.Module):
         out = kernels.activate(
             source,
             Line(*self.lines[-1][...]),
-            self.pools[-1],
+            self.gaps[-1].pool,
             nan_samples,
             None if added is None else added.astype(jnp.float32),
             implementation=self.implementation,
@@ -289,8 +289,17 @@ def _channels(parts: Sequence[Part], run: Run) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _line(gap: Gap, params: GapParams, scale: jax.Array, running: Running | None) -> Line:
+def _function(gap: Gap, params: GapParams, scale: jax.Array, running: Running | None) -> Function:
+    if gap.norm == "layer":
+        return normed_of(gap, params, scale)
     return line_of(gap, params, scale, None, running)[0]
+
+
+def _function_of(rows: jax.Array) -> Function:
+    """The coefficients, as they were stacked."""
+    return (
+        Line(*rows) if len(rows) == len(Line._fields) else Normed(Line(*rows[:6]), Line(*rows[6:]))
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))

@@ -28,14 +28,14 @@ class RowNorm(nnx.BatchNorm):
         """Checks that a norm can be one of drawn rows.
 
         Raises:
-          ValueError: it computes something else than a plain batch norm, over several devices, or
+          ValueError: it computes something else than a plain batch norm, over groups of devices, or
             with statistics of another shape, as one of stacked layers has.
         """
         reason = None
         if type(norm).__call__ is not nnx.BatchNorm.__call__:
             reason = f"{type(norm).__name__} is a subclass of nnx.BatchNorm with its own __call__"
-        elif norm.axis_name is not None:
-            reason = f"its statistics are of several devices (axis_name={norm.axis_name!r})"
+        elif norm.axis_index_groups is not None:
+            reason = "its statistics are of groups of devices (axis_index_groups)"
         elif not isinstance(norm.axis, int):
             reason = f"it has several feature axes, {norm.axis}"
         elif norm.mean.shape != (norm.num_features,):
@@ -85,8 +85,10 @@ class RowNorm(nnx.BatchNorm):
         rows, weights = x.astype(jnp.float32), spread(self.weights[...], 0)
         mean, var = self.mean[...], self.var[...]
         d = rows - spread(mean, features)
-        mean = with_gradient_of(mean, jnp.mean(weights * d, axes))
-        var = with_gradient_of(var, jnp.mean(weights * jnp.square(d), axes))
+        of_rows = jnp.mean(weights * d, axes), jnp.mean(weights * jnp.square(d), axes)
+        if self.axis_name is not None:  # those of all devices' rows
+            of_rows = lax.pmean(of_rows, self.axis_name)
+        mean, var = map(with_gradient_of, (mean, var), of_rows)
         deviation = lax.rsqrt(var + jnp.float32(self.epsilon))
         y = (rows - spread(mean, features)) * spread(deviation, features)
         dtypes = [x.dtype, self.mean.dtype]

@@ -24,8 +24,10 @@ from jax.extend import core
 from fqt_jax.binarize import WORD_BITS, PackedBits
 from fqt_jax.kernels.contract import Window
 from fqt_jax.kernels.dispatch import operation_of
+from fqt_jax.kernels.normed import Normed
 from fqt_jax.kernels.transforms import Line
 from fqt_jax.kernels.xla.float_conv import conv
+from fqt_jax.kernels.xla.normed import evaluated_normed
 from fqt_jax.kernels.xla.transforms import evaluated
 
 _CALLS = ("jit", "pjit", "closed_call", "checkpoint", "custom_jvp_call", "custom_vjp_call")
@@ -146,6 +148,11 @@ def _encode(source: jax.Array, line: Line, *, pool: int) -> tuple[Any, ...]:
     return t >= 0, jnp.zeros((), jnp.bool_), jnp.zeros(source.shape[:1], jnp.float32)
 
 
+def _encode_normed(source: jax.Array, normed: Normed, *, epsilon: float) -> tuple[Any, ...]:
+    t = evaluated_normed(source, normed, epsilon)
+    return t >= 0, jnp.zeros((), jnp.bool_), jnp.zeros(source.shape[:1], jnp.float32)
+
+
 def _encode_weights(w: jax.Array) -> tuple[Any, ...]:
     return w >= 0, jnp.mean(jnp.abs(w), axis=tuple(range(w.ndim - 1)))
 
@@ -156,6 +163,7 @@ def _forward(x: PackedBits, w: PackedBits, *, window: Window) -> jax.Array:
 
 _ON_SIGNS: dict[str, Callable[..., Any]] = {
     "encode": _encode,
+    "encode_normed": _encode_normed,
     "encode_weights": _encode_weights,
     "forward": _forward,
 }

@@ -44,6 +44,8 @@ class OptimizerConfig:
         ``head.kernel``.
       freeze: regular expression that matches the names of parameters that get no update and no
         weight decay, such as ``stem\..*``.
+      second_moment_steps: steps after which Adam's second moment stays as it is, as 1-bit Adam's
+        (:class:`fqt_jax.exchange.Signs`); ``None`` for never.
 
     Raises:
       ValueError: an unknown name or schedule, a number out of range, a pattern that is none, or an
@@ -68,6 +70,7 @@ class OptimizerConfig:
     ema_decay: float | None = None
     head: str = r"head\..*"
     freeze: str | None = None
+    second_moment_steps: int | None = None
 
     def __post_init__(self) -> None:
         known = self.name in ("adam", "sgd") or _takes_learning_rate(self.name)
@@ -99,6 +102,8 @@ class OptimizerConfig:
             raise ValueError(f"clip_norm must be a positive number; got {self.clip_norm}.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in (0, 1); got {self.ema_decay}.")
+        if self.second_moment_steps is not None and self.name != "adam":
+            raise ValueError(f"second_moment_steps has no effect on {self.name}: it is of adam.")
         for field in ("head", "freeze"):
             try:
                 re.compile(getattr(self, field) or "")
@@ -204,7 +209,7 @@ class OptimizerConfig:
             if self.name == "sgd":
                 return optax.sgd(schedule, momentum=self.momentum_or_default() or None)
             if self.name == "adam":
-                return adam(schedule)
+                return adam(schedule, freeze_after=self.second_moment_steps)
             return getattr(optax, self.name)(schedule)
 
         def build_head(head_learning_rate: Any) -> optax.GradientTransformation:

@@ -55,6 +55,8 @@ class Sequential(nnx.Sequential):
       and an activation of two slopes, in either order: :class:`flax.nnx.PReLU`,
       :func:`flax.nnx.relu`, :func:`flax.nnx.leaky_relu`, :func:`flax.nnx.identity`;
     * then ``functools.partial(nnx.max_pool, window_shape=(k, k), strides=(k, k))``;
+    * :class:`flax.nnx.LayerNorm` in place of batch norm, over the last axis, where a product
+      follows and there is no pooling;
     * a float convolution of images that begins it.
 
     Whatever else stands in the sequence is simply called. :meth:`explain` says what fuses, and why
@@ -211,6 +213,8 @@ def _name(layer: Any) -> str:
 def _why_alone(part: Part) -> str:
     if part.kind == "float product":
         return "its recipe is float"
+    if part.kind == "layer norm":
+        return "no quantized layer follows it"
     return "no quantized layer stands before or after it"
 
 

@@ -28,6 +28,13 @@ def vary(operands: Any, axes: frozenset[str]) -> Any:
     return jax.tree.map(cast, operands)
 
 
+def mean_over(tree: Any, axes: str | tuple[str, ...] | None) -> Any:
+    """The mean over the devices along some axes, which varies as the arrays do; or the same."""
+    if axes is None or tree is None:
+        return tree
+    return jax.tree.map(lambda a, m: vary(m, varying_axes(a)), tree, lax.pmean(tree, axes))
+
+
 def varying_together(operands: Any) -> Any:
     """Makes all arrays vary along the same axes.
 

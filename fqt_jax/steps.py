@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import weakref
 from collections.abc import Callable
 from typing import Any, overload
@@ -9,10 +10,15 @@ from typing import Any, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fqt_jax.batches import Padded, batch_size, take
 from fqt_jax.losses import Loss
+from fqt_jax.mesh import by_sample, check_shares
 from fqt_jax.metrics import Metrics
+
+_IN_FLIGHT = 4
+"""Steps that may be under way on several devices of one CPU."""
 
 
 class TrainStep:
@@ -22,16 +28,39 @@ class TrainStep:
       function: the step as a pure function.
       jitted: the same under :func:`jax.jit`, with the state donated and nothing checked.
       loss: the loss.
+      mesh: the devices that share a batch, or ``None``.
+      places: where state, batch and key lie on a mesh, or ``None``.
+
+    Args:
+      function: the step; on a mesh, one device's part of it.
+      loss: the loss.
+      mesh: the devices that share a batch.
+      state: how a state lies on them, as the specifications of :func:`jax.shard_map`.
     """
 
-    def __init__(self, function: Callable[..., tuple[Any, jax.Array]], loss: Loss):
-        self.function, self.loss = function, loss
-        self.jitted: Any = jax.jit(function, donate_argnums=0)
+    def __init__(
+        self,
+        function: Callable[..., tuple[Any, jax.Array]],
+        loss: Loss,
+        mesh: Mesh | None = None,
+        state: Any = None,
+    ):
+        self.function, self.loss, self.mesh = function, loss, mesh
+        self.places: tuple[Any, ...] | None = None
+        if mesh is not None:
+            specs = state, by_sample(mesh).spec, PartitionSpec()
+            self.function = _shared_out(function, mesh, specs, (state, PartitionSpec()))
+            self.places = _shardings(mesh, specs)
+        self.jitted: Any = _jitted(self.function, 0, self.places)
+        self._ahead = _Ahead(mesh)
 
     def __call__(self, state: Any, batch: Any, key: jax.Array) -> tuple[Any, jax.Array]:
         """One step on a batch, which may be on the host or on the device."""
         _check(self.loss, batch, wait=False)
+        if self.mesh is not None:
+            check_shares(batch_size(batch), self.mesh)
         new, loss = self.jitted(state, batch, key)
+        self._ahead.add(loss)
         return new, loss
 
 
@@ -43,11 +72,31 @@ class EvalStep:
       jitted: the same under :func:`jax.jit`, with the sums donated and nothing checked.
       loss: the loss.
       names: of the metrics.
+      mesh: the devices that share a batch, or ``None``.
+      places: where state, sums and batch lie on a mesh, or ``None``.
+
+    Args:
+      function: the step; on a mesh, one device's part of it.
+      loss, names: the loss, and the names of the metrics.
+      mesh, state: as for :class:`TrainStep`.
     """
 
-    def __init__(self, function: Callable[..., Metrics], loss: Loss, names: tuple[str, ...]):
-        self.function, self.loss, self.names = function, loss, names
-        self.jitted: Any = jax.jit(function, donate_argnums=1)
+    def __init__(
+        self,
+        function: Callable[..., Metrics],
+        loss: Loss,
+        names: tuple[str, ...],
+        mesh: Mesh | None = None,
+        state: Any = None,
+    ):
+        self.function, self.loss, self.names, self.mesh = function, loss, names, mesh
+        self.places: tuple[Any, ...] | None = None
+        if mesh is not None:
+            specs = state, PartitionSpec(), by_sample(mesh).spec
+            self.function = _shared_out(function, mesh, specs, PartitionSpec())
+            self.places = _shardings(mesh, specs)
+        self.jitted: Any = _jitted(self.function, 1, self.places)
+        self._ahead = _Ahead(mesh)
 
     def __call__(self, state: Any, sums: Metrics | None, batch: Any) -> Metrics:
         """The sums with those of a batch added, or these alone where there are ``None`` yet."""
@@ -55,7 +104,10 @@ class EvalStep:
             # All batches have a mask, so that one program serves whole ones and padded ones.
             batch = Padded(batch, np.ones(batch_size(batch), np.bool_))
         _check(self.loss, batch.batch, wait=False)
+        if self.mesh is not None:
+            check_shares(batch_size(batch), self.mesh)
         new: Metrics = self.jitted(state, _begun(sums, self.names), batch)
+        self._ahead.add(new)
         return new
 
 
@@ -66,16 +118,22 @@ class GatheredTrainStep:
         def function(state: Any, data: Any, indices: jax.Array, key: jax.Array) -> Any:
             return step.function(state, take(data, indices), key)
 
-        self._data = _DeviceData(step.loss)
-        self.jitted: Any = jax.jit(function, donate_argnums=0)
+        self._data, self._mesh = _DeviceData(step.loss), step.mesh
+        places = step.places
+        if places is not None:
+            state, batch, key = places
+            places = state, key, batch, key  # the data are whole on each device, as keys are
+        self.jitted: Any = _jitted(function, 0, places)
+        self._ahead = _Ahead(step.mesh)
 
     def __call__(
         self, state: Any, data: Any, indices: Any, key: jax.Array
     ) -> tuple[Any, jax.Array]:
         """One step on the samples at ``indices``, ``int32[N]``."""
         size = self._data.checked_size(data)
-        _check_indices(indices, size, lowest=0)
+        _check_indices(indices, size, self._mesh, lowest=0)
         new, loss = self.jitted(state, data, indices, key)
+        self._ahead.add(loss)
         return new, loss
 
 
@@ -87,14 +145,20 @@ class GatheredEvalStep:
             batch = take(data, jnp.maximum(indices, 0))
             return step.function(state, sums, Padded(batch, indices >= 0))
 
-        self._data, self._names = _DeviceData(step.loss), step.names
-        self.jitted: Any = jax.jit(function, donate_argnums=1)
+        self._data, self._names, self._mesh = _DeviceData(step.loss), step.names, step.mesh
+        places = step.places
+        if places is not None:
+            state, sums, batch = places
+            places = state, sums, sums, batch  # the data are whole on each device, as sums are
+        self.jitted: Any = _jitted(function, 1, places)
+        self._ahead = _Ahead(step.mesh)
 
     def __call__(self, state: Any, sums: Metrics | None, data: Any, indices: Any) -> Metrics:
         """Adds the samples at ``indices``, ``int32[N]``; those at -1 count for nothing."""
         size = self._data.checked_size(data)
-        _check_indices(indices, size, lowest=-1)
+        _check_indices(indices, size, self._mesh, lowest=-1)
         new: Metrics = self.jitted(state, _begun(sums, self._names), data, indices)
+        self._ahead.add(new)
         return new
 
 
@@ -175,13 +239,62 @@ class _DeviceData:
         return self._size
 
 
+class _Ahead:
+    """Keeps steps from running far ahead of several devices of one CPU.
+
+    XLA lets some tens of programs wait for such a device, and then one device waits for its turn
+    while the others wait for it, in a collective operation of an earlier step: a deadlock, seen
+    with jax 0.10.1 and its own kernels alone.
+    """
+
+    def __init__(self, mesh: Mesh | None):
+        local = [] if mesh is None else mesh.local_devices
+        self._limits = len(local) > 1 and local[0].platform == "cpu"
+        self._results: collections.deque[Any] = collections.deque()
+
+    def add(self, result: Any) -> None:
+        """Takes what a step gave, and waits for that of some steps before."""
+        if self._limits:
+            # A copy: what a step gives may be given to the next one, and be gone.
+            self._results.append(jax.tree.map(jnp.copy, result))
+            if len(self._results) > _IN_FLIGHT:
+                jax.block_until_ready(self._results.popleft())
+
+
+def _shared_out(
+    function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
+    """A step of which each device of a mesh does its part."""
+    # What a step gives is the same on all devices by what it does; the types of values need not
+    # tell, which those of a loop in somebody's model would not.
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
+
+
+def _shardings(mesh: Mesh, specs: tuple[Any, ...]) -> tuple[Any, ...]:
+    def is_spec(spec: Any) -> bool:
+        return isinstance(spec, PartitionSpec)
+
+    places: tuple[Any, ...] = jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec
+    )
+    return places
+
+
+def _jitted(function: Callable[..., Any], donated: int, places: tuple[Any, ...] | None) -> Any:
+    if places is None:
+        return jax.jit(function, donate_argnums=donated)
+    return jax.jit(function, donate_argnums=donated, in_shardings=places)
+
+
 def _check(loss: Loss, batch: Any, *, wait: bool) -> None:
     check = getattr(loss, "check", None)
     if check is not None:
         check(batch, wait)
 
 
-def _check_indices(indices: Any, size: int, *, lowest: int) -> None:
+def _check_indices(indices: Any, size: int, mesh: Mesh | None, *, lowest: int) -> None:
     if not isinstance(indices, jax.Array | np.ndarray):
         raise TypeError(f"indices must be an array; got {type(indices).__name__}.")
     if not jnp.issubdtype(indices.dtype, jnp.integer) or indices.ndim != 1:
@@ -189,6 +302,8 @@ def _check_indices(indices: Any, size: int, *, lowest: int) -> None:
             f"indices must be whole numbers with one axis; got {indices.dtype}"
             f"{list(indices.shape)}."
         )
+    if mesh is not None:
+        check_shares(len(indices), mesh)
     if isinstance(indices, jax.Array) or not indices.size:
         return  # on the device, or an empty batch, which the step refuses
     least, most = int(indices.min()), int(indices.max())

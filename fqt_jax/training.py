@@ -17,22 +17,27 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from fqt_jax.batches import Padded as Padded
 from fqt_jax.batches import Part, batch_size, default_inputs
 from fqt_jax.batches import pad_batch as pad_batch
 from fqt_jax.estimators.base import Estimator, SplitModel
 from fqt_jax.estimators.full_batch import FullBatch
+from fqt_jax.exchange import Exchange, Mean
 from fqt_jax.losses import CrossEntropy as CrossEntropy
 from fqt_jax.losses import Loss
+from fqt_jax.mesh import axes_of, by_sample, replicate, whole
 from fqt_jax.metrics import Metric, check_names, check_per_sample, evaluate_metrics
 from fqt_jax.metrics import Metrics as Metrics
+from fqt_jax.shards import Shard, Statistics
 from fqt_jax.steps import EvalStep, TrainStep
 from fqt_jax.steps import gather_on_device as gather_on_device
 
@@ -41,7 +46,7 @@ NO_METRICS: Mapping[str, Metric] = MappingProxyType({})
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["params", "others", "opt_state", "step", "metrics"],
+    data_fields=["params", "others", "opt_state", "step", "metrics", "exchange"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +59,8 @@ class TrainState:
       opt_state: state of the Optax optimizer.
       step: number of steps taken, ``int32``.
       metrics: running sums since :func:`reset_metrics`.
+      exchange: what each device of a mesh keeps for the exchange of gradients
+        (:mod:`fqt_jax.exchange`), along a first axis of the devices; mostly nothing.
     """
 
     params: Any
@@ -61,10 +68,16 @@ class TrainState:
     opt_state: Any
     step: jax.Array
     metrics: Metrics
+    exchange: Any = ()
 
 
 def create_state(
-    model: nnx.Module, optimizer: optax.GradientTransformation, metrics: Iterable[str] = ()
+    model: nnx.Module,
+    optimizer: optax.GradientTransformation,
+    metrics: Iterable[str] = (),
+    *,
+    exchange: Exchange = Mean(),
+    mesh: Mesh | None = None,
 ) -> tuple[Any, TrainState]:
     """Splits a model into its static structure and the state that training changes.
 
@@ -73,6 +86,7 @@ def create_state(
       optimizer: an Optax optimizer.
       metrics: the names of the metrics that the training step sums besides the loss; the
         dictionary that :func:`make_train_step` takes serves.
+      exchange, mesh: those that :func:`make_train_step` is given.
 
     Returns:
       ``(graphdef, state)``; :func:`merge_model` puts them together again.
@@ -85,7 +99,22 @@ def create_state(
     params, others = jax.tree.map(jnp.copy, (params, others))
     opt_state = jax.jit(optimizer.init)(params)
     zero = Metrics.zero(metrics)
-    return graphdef, TrainState(params, others, opt_state, jnp.zeros((), jnp.int32), zero)
+    kept = () if mesh is None else exchange.init(params, mesh.size)
+    return graphdef, TrainState(params, others, opt_state, jnp.zeros((), jnp.int32), zero, kept)
+
+
+def place_state(state: TrainState, mesh: Mesh) -> TrainState:
+    """A state laid out on the devices of a mesh, as its steps take it.
+
+    With several processes each gives the same values.
+    """
+    own = jax.tree.map(
+        lambda a: jax.make_array_from_callback(a.shape, by_sample(mesh), np.asarray(a).__getitem__),
+        state.exchange,
+    )
+    return dataclasses.replace(
+        replicate(dataclasses.replace(state, exchange=()), mesh), exchange=own
+    )
 
 
 def merge_model(graphdef: Any, state: TrainState) -> Any:
@@ -95,8 +124,8 @@ def merge_model(graphdef: Any, state: TrainState) -> Any:
 
 def reset_metrics(state: TrainState) -> TrainState:
     """The state with its running sums at zero."""
-    names = (name for name in state.metrics.sums if name != "loss")
-    return dataclasses.replace(state, metrics=Metrics.zero(names))
+    # Zeros that lie where the sums did: elsewhere they would be another program's.
+    return dataclasses.replace(state, metrics=jax.tree.map(jnp.zeros_like, state.metrics))
 
 
 def make_train_step(
@@ -108,6 +137,9 @@ def make_train_step(
     metrics: Mapping[str, Metric] = NO_METRICS,
     inputs: Part = default_inputs,
     preprocess: Callable[[Any, jax.Array], Any] | None = None,
+    mesh: Mesh | None = None,
+    statistics: Statistics = "synchronized",
+    exchange: Exchange = Mean(),
 ) -> TrainStep:
     """Builds the training step.
 
@@ -125,6 +157,13 @@ def make_train_step(
         arguments.
       preprocess: ``(batch, key) -> batch``, run on the device inside the step: augmentation and
         normalization.
+      mesh: devices that share each batch out among them, such as :func:`fqt_jax.mesh.data_mesh`;
+        ``None`` for one device. Each draws and rounds its shard with random streams of its own.
+      statistics: what batch norms normalize a shard with on a mesh: those of the whole batch,
+        ``"synchronized"``, or the shard's own, ``"local"``. The running ones are the same on all
+        devices either way.
+      exchange: how devices bring their gradients together: as floats, or as packed signs
+        (:mod:`fqt_jax.exchange`). The state must have been created with the same.
 
     Returns:
       ``step(state, batch, key) -> (state, loss)``. ``key`` is folded with ``state.step`` and seeds
@@ -133,9 +172,10 @@ def make_train_step(
 
     Raises:
       TypeError: ``estimator`` has no method ``gradients``.
-      ValueError: a metric is called ``"loss"``. The first step with a batch of a new shape raises
-        for an empty batch, arrays of different lengths, a loss or metric that is not one number a
-        sample, and metrics that the state does not sum.
+      ValueError: a metric is called ``"loss"``, or ``statistics`` is neither. A step raises for a
+        batch that the devices cannot share evenly; the first with a batch of a new shape for an
+        empty batch, arrays of different lengths, a loss or metric that is not one number a sample,
+        and metrics that the state does not sum.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -158,6 +198,13 @@ def make_train_step(
             f"{estimator!r}."
         )
 
+    if statistics not in get_args(Statistics):
+        raise ValueError(
+            f"statistics must be {' or '.join(map(repr, get_args(Statistics)))}; got "
+            f"{statistics!r}."
+        )
+    shard = Shard(None if mesh is None else axes_of(mesh), statistics)
+
     def losses_of(outputs: Any, batch: Any) -> jax.Array:
         return _losses(loss, outputs, batch, batch_size(batch))
 
@@ -165,21 +212,25 @@ def make_train_step(
         if isinstance(batch, Padded):
             raise ValueError("a training step takes whole batches: padding would be trained on.")
         batch_size(batch)
-        key = jax.random.fold_in(key, state.step)
+        key = shard.own(jax.random.fold_in(key, state.step))
         if preprocess is not None:
             batch = preprocess(batch, key)
         n = batch_size(batch)
-        model = SplitModel(graphdef, state.params, state.others, inputs)
+        model = shard.model(SplitModel(graphdef, state.params, state.others, inputs))
         result = estimator.gradients(model, batch, losses_of, jax.random.fold_in(key, 1))
-        updates, opt_state = optimizer.update(result.grads, state.opt_state, state.params)
+        grads, kept = result.grads, state.exchange
+        if shard.axes is not None:
+            grads, kept = exchange.reduce(grads, kept, state.step, shard.axes)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         losses = losses_of(result.outputs, batch)
         values = evaluate_metrics(metrics, result.outputs, batch, n)
-        sums = state.metrics.add({"loss": losses, **values})
-        new = TrainState(params, result.others, opt_state, state.step + 1, sums)
-        return new, jnp.sum(losses) / n
+        sums = shard.added(state.metrics, {"loss": losses, **values})
+        others = shard.agreed(state.others, result.others)
+        new = TrainState(params, others, opt_state, state.step + 1, sums, kept)
+        return new, shard.mean(jnp.sum(losses) / n)
 
-    return TrainStep(step, loss)
+    return TrainStep(step, loss, mesh, None if mesh is None else _state_specs(mesh))
 
 
 def make_eval_step(
@@ -189,6 +240,7 @@ def make_eval_step(
     metrics: Mapping[str, Metric] = NO_METRICS,
     inputs: Part = default_inputs,
     preprocess: Callable[[Any], Any] | None = None,
+    mesh: Mesh | None = None,
 ) -> EvalStep:
     """Builds the evaluation step, in which batch statistics are fixed.
 
@@ -196,6 +248,7 @@ def make_eval_step(
       graphdef: static structure of the model.
       loss, metrics, inputs: as for :func:`make_train_step`.
       preprocess: ``batch -> batch``, run on the device inside the step.
+      mesh: devices that share each batch out among them; ``None`` for one device.
 
     Returns:
       ``step(state, metrics, batch) -> metrics``: running sums, which begin with ``None`` or
@@ -217,6 +270,7 @@ def make_eval_step(
       0.5
     """
     names = check_names(metrics)
+    shard = Shard(None if mesh is None else axes_of(mesh))
 
     def step(state: TrainState, sums: Metrics, padded: Padded) -> Metrics:
         batch_size(padded)
@@ -229,9 +283,15 @@ def make_eval_step(
         given = inputs(batch)
         outputs = model(*given) if isinstance(given, tuple) else model(given)
         values = evaluate_metrics(metrics, outputs, batch, n)
-        return sums.add({"loss": _losses(loss, outputs, batch, n), **values}, valid)
+        return shard.added(sums, {"loss": _losses(loss, outputs, batch, n), **values}, valid)
 
-    return EvalStep(step, loss, names)
+    return EvalStep(step, loss, names, mesh, None if mesh is None else _state_specs(mesh))
+
+
+def _state_specs(mesh: Mesh) -> TrainState:
+    """How a state lies on a mesh: whole on each device, but for what each keeps for itself."""
+    every: Any = whole(mesh).spec
+    return TrainState(every, every, every, every, every, exchange=by_sample(mesh).spec)
 
 
 def _losses(loss: Loss, outputs: Any, batch: Any, n: int) -> jax.Array:

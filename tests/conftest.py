@@ -17,7 +17,7 @@ from flax import nnx
 
 from fqt_jax.models import MODELS, VGG
 
-jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_num_cpu_devices", 8)
 # Nearly all of a test's time is compilation; the workers share what they compile.
 jax.config.update(
     "jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".jax_cache")

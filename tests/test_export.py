@@ -19,7 +19,7 @@ from flax import nnx
 import fqt_jax as fqt
 from fqt_jax import export
 from fqt_jax.frozen import FrozenLayer, FrozenRun, freeze
-from fqt_jax.models import create_model
+from fqt_jax.models import VisionTransformer, create_model
 from fqt_jax.modules import find_modules
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion", "own_folder")
@@ -96,6 +96,12 @@ MODELS = {
     "xla": lambda: relu_net(implementation="xla"),
     "unfused": lambda: quantized(Unfused(nnx.Rngs(0))),
     "unfused thresholds": lambda: quantized(Unfused(nnx.Rngs(0)), THRESHOLDS),
+    "layer norms": lambda: quantized(
+        VisionTransformer(
+            1, 16, num_classes=3, in_features=1, image_size=(16, 16), rngs=nnx.Rngs(0)
+        ),
+        THRESHOLDS,
+    ),
     "one layer": lambda: scramble(fqt.QuantConv(1, 8, 3, recipe=THRESHOLDS, rngs=nnx.Rngs(0))),
 }
 

@@ -265,7 +265,10 @@ def stacked():
     ("norm", "message"),
     [
         (Doubled(6, rngs=nnx.Rngs(0)), "norm norm: Doubled is a subclass .* its own __call__"),
-        (nnx.BatchNorm(6, axis_name="d", rngs=nnx.Rngs(0)), r"devices \(axis_name='d'\)"),
+        (
+            nnx.BatchNorm(6, axis_name="d", axis_index_groups=[[0], [1]], rngs=nnx.Rngs(0)),
+            "statistics are of groups of devices",
+        ),
         (nnx.BatchNorm(6, axis=(-1,), rngs=nnx.Rngs(0)), "several feature axes"),
         (stacked(), r"shape \(2, 6\), as those of stacked layers.* Use FullBatch\(\)"),
         (nnx.BatchNorm(16, axis=0, rngs=nnx.Rngs(0)), "features, along axis 0"),

@@ -1,10 +1,12 @@
 """The README and the documentation say what is so: snippets, commands, links and the map."""
 
 import contextlib
+import dataclasses
 import io
 import pathlib
 import re
 import runpy
+import subprocess
 import tomllib
 import warnings
 
@@ -13,6 +15,7 @@ import yaml
 
 import fqt_jax
 from experiments import cli
+from experiments.runs.finetuning import FinetuneConfig
 from experiments.sweeps.specs import parse
 from experiments.sweeps.sweep import SweepConfig
 from fqt_jax.kernels import dispatch
@@ -187,3 +190,31 @@ def test_the_citation_is_of_this_version():
     assert citation["cff-version"] == "1.2.0"
     assert citation["version"] == fqt_jax.__version__
     assert citation["license"] == project["license"]
+
+
+def test_the_jobset_is_one_that_kubernetes_would_take():
+    """Its structure, and what its parts say of each other; no cluster is asked."""
+    job_set = yaml.safe_load((ROOT / "docs/jobset.yaml").read_text())
+    assert (job_set["apiVersion"], job_set["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    name, spec = job_set["metadata"]["name"], job_set["spec"]
+    assert set(spec) <= {"network", "failurePolicy", "replicatedJobs", "successPolicy"}
+    (workers,) = spec["replicatedJobs"]
+    assert (set(workers), workers["replicas"]) == ({"name", "replicas", "template"}, 1)
+    job = workers["template"]["spec"]
+    assert job["parallelism"] == job["completions"] > 1
+    assert (job["completionMode"], job["backoffLimit"]) == ("Indexed", 0)
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    mounted = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in pod["volumes"]}
+    *shell, script = container["command"]
+    assert shell == ["/bin/sh", "-c"]
+    (port,) = container["ports"]
+    address = f"{name}-{workers['name']}-0-0.{pod['subdomain']}:{port['containerPort']}"
+    assert pod["subdomain"] == name
+    assert f"--coordinator {address}" in script
+    assert f"--processes {job['parallelism']} " in script
+    subprocess.run([*shell[:1], "-n", "-c", script], check=True)
+    options = re.findall(r"--([a-z-]+)", script)
+    known = {field.name.replace("_", "-") for field in dataclasses.fields(FinetuneConfig)}
+    assert set(options) <= known

@@ -99,11 +99,19 @@ def test_a_recurrent_layer_is_its_cell_step_by_step():
     np.testing.assert_allclose(layer(x), jnp.stack(expected, 1), rtol=1e-4, atol=1e-5)
 
 
+BLOCK = {
+    "attention/qkv/layers/1",
+    "attention/out/layers/1",
+    "feed_forward/layers/1",
+    "feed_forward/layers/4",
+}
+
+
 @pytest.mark.parametrize(
     ("name", "of_blocks"),
     [
-        ("vit_small", {"attention/qkv", "attention/out", "up", "down"}),
-        ("gpt_small", {"attention/qkv", "attention/out", "up", "down"}),
+        ("vit_small", BLOCK),
+        ("gpt_small", BLOCK),
         ("lstm", {"input", "state"}),
         ("gru", {"input", "state"}),
     ],
@@ -117,6 +125,15 @@ def test_products_inside_become_binary_and_the_ends_stay(name, of_blocks):
     assert {path.split("/", 2)[2] for path in binary} == of_blocks
     rest = {layer.path for layer in table} - binary
     assert rest == ({"head"} if name == "gpt_small" else {"stem", "head"})
+
+
+@pytest.mark.parametrize("name", ["vit_small", "gpt_small"])
+def test_the_products_of_a_block_fuse_with_their_norms(name):
+    sizes = {"num_classes": 5, "in_features": 1, "image_size": (8, 8), "width": 0.05}
+    model = create_model(name, **sizes, rngs=nnx.Rngs(0))
+    example = jnp.zeros((2, 8), jnp.int32) if name == "gpt_small" else None
+    table = fqt.quantize(model, fqt.FQT1, example=example).table
+    assert {layer.fuses for layer in table if layer.recipe.binary} == {"yes"}
 
 
 def test_each_product_sees_centred_signs():

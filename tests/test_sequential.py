@@ -547,3 +547,89 @@ def test_an_empty_batch():
     net = network([fqt.FQT1] * 3)
     net.eval()
     assert net(images()[:0]).shape == (0, 2, 2, 8)
+
+
+def layer_norm(features, *, rngs, **options):
+    """One whose scale and bias are no ones and zeros."""
+    layer = nnx.LayerNorm(features, rngs=rngs, **options)
+    for parameter in (layer.scale, layer.bias):
+        if parameter is not None:
+            parameter[...] = jax.random.normal(rngs.params(), (features,))
+    return layer
+
+
+def normed_network(recipe, *, act_first=True, is_dense=True, implementation=None):
+    """Two products with layer norms before both."""
+    rngs = nnx.Rngs(params=0, rounding=1)
+    options = {"recipe": recipe, "implementation": implementation, "rngs": rngs}
+
+    def product(inputs, outputs):
+        if is_dense:
+            return fqt.QuantLinear(inputs, outputs, **options)
+        return fqt.QuantConv(inputs, outputs, 3, use_bias=True, **options)
+
+    middle = [nnx.PReLU(0.25), layer_norm(40, rngs=rngs)]
+    return fqt.Sequential(
+        layer_norm(8, rngs=rngs),
+        product(8, 40),
+        *(middle if act_first else reversed(middle)),
+        product(40, 12),
+    )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "act_first", "is_dense", "implementation"),
+    [
+        (fqt.QAT, True, False, None),
+        (fqt.FQT1, True, True, None),
+        (fqt.FQT1, False, True, "xla"),
+        pytest.param(dataclasses.replace(LEARNED, threshold="learned"), True, True, None),
+        pytest.param(fqt.FQT1_PLUS, True, False, None, marks=slow),
+        pytest.param(UNSCALED, False, False, None, marks=slow),
+    ],
+)
+def test_layer_norms_in_both_forms(monkeypatch, recipe, act_first, is_dense, implementation):
+    net = normed_network(
+        recipe, act_first=act_first, is_dense=is_dense, implementation=implementation
+    )
+    assert set(runs(net)) == {1}
+    assert_both_forms_agree(net, images(), 1e-3, monkeypatch, residual=jnp.ones((6, 9, 9, 12)))
+
+
+def test_a_layer_norm_fuses_where_a_product_follows():
+    rngs = nnx.Rngs(0)
+    product = functools.partial(fqt.QuantLinear, recipe=fqt.QAT, rngs=rngs)
+    net = fqt.Sequential(product(8, 8), nnx.relu, layer_norm(8, rngs=rngs), nnx.Dropout(0.1))
+    rows = net.explain()
+    assert [row.run for row in rows] == [1, 1, None, None]
+    assert rows[2].why == "no quantized layer follows it"
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"reduction_axes": (-2, -1)}, "it does not normalize the last axis alone"),
+        ({"dtype": jnp.bfloat16}, "it computes in bfloat16"),
+        ({"axis_name": "i"}, "its statistics are of several devices"),
+    ],
+)
+def test_layer_norms_of_another_kind_are_called(options, why):
+    rngs = nnx.Rngs(0)
+    net = fqt.Sequential(
+        nnx.LayerNorm(8, rngs=rngs, **options), fqt.QuantLinear(8, 8, recipe=fqt.QAT, rngs=rngs)
+    )
+    assert net.explain()[0].why == why
+
+
+def test_a_layer_norm_keeps_no_float_of_the_hidden_layer():
+    net = normed_network(fqt.FQT1)
+    graphdef, params, others = nnx.split(net, nnx.Param, ...)
+
+    def run(params, x):
+        return nnx.merge(graphdef, params, others, copy=True)(x)
+
+    _, vjp = jax.vjp(run, params, jnp.ones((50, 8)))
+    kept = [leaf for leaf in jax.tree.leaves(vjp) if leaf.shape[:1] == (50,)]
+    hidden = [leaf for leaf in kept if leaf.shape[-1] == 40]
+    assert hidden
+    assert all(leaf.dtype == jnp.int16 for leaf in hidden)

@@ -18,7 +18,7 @@ from fqt_jax.convert import quantize
 from fqt_jax.diagnostics import LayerShape, layer_shapes
 from fqt_jax.estimators import Estimator, FullBatch, OneDraw
 from fqt_jax.kernels import check_implementation, implementations
-from fqt_jax.models import create_model
+from fqt_jax.models import TOKEN_MODELS, create_model
 from fqt_jax.optimizers import OptimizerConfig
 from fqt_jax.recipe import FQT1, FULL_PRECISION, RECIPES, Recipe
 from fqt_jax.training import CrossEntropy, create_state, make_train_step
@@ -53,7 +53,7 @@ SPEED_RECIPES: dict[str, Variant] = {
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """The model and the data of a step."""
+    """The model and the data of a step; of text, classes are tokens."""
 
     model: str
     width: float
@@ -61,6 +61,24 @@ class Setting:
     image_size: int
     num_classes: int = 10
     in_features: int = 3
+    length: int = 128
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the model takes tokens, not images."""
+        return self.model in TOKEN_MODELS
+
+    @property
+    def samples(self) -> str:
+        """What a sample is called, in the plural."""
+        return "sequences" if self.is_text else "images"
+
+    @property
+    def size(self) -> str:
+        """Of a sample, in words."""
+        if self.is_text:
+            return f"{self.length} characters"
+        return f"{self.image_size}x{self.image_size}"
 
     @property
     def stem(self) -> str:
@@ -68,28 +86,34 @@ class Setting:
         return "imagenet" if self.image_size >= 96 else "small"
 
     @property
-    def image_shape(self) -> tuple[int, int, int, int]:
-        """``[N, H, W, C]``."""
-        return (self.batch_size, self.image_size, self.image_size, self.in_features)
+    def example(self) -> jax.ShapeDtypeStruct:
+        """Shape and type of a batch: ``[N, T]`` or ``[N, H, W, C]``."""
+        if self.is_text:
+            return jax.ShapeDtypeStruct((self.batch_size, self.length), jnp.int32)
+        size = (self.image_size, self.image_size)
+        return jax.ShapeDtypeStruct((self.batch_size, *size, self.in_features), jnp.float32)
 
     def create_model(self) -> Any:
         """The float model, from a fixed seed."""
         # XLA takes far longer to compile threefry for each shape than this generator.
         key = jax.random.key(0, impl="unsafe_rbg")
-        return create_model(
-            self.model,
-            num_classes=self.num_classes,
-            in_features=self.in_features,
-            width=self.width,
-            stem=self.stem,
-            rngs=nnx.Rngs(key),
-        )
+        if self.is_text:
+            options: dict[str, Any] = {"length": self.length}
+            create: Callable[..., Any] = TOKEN_MODELS[self.model]
+        else:
+            size = (self.image_size, self.image_size)
+            options = {"in_features": self.in_features, "image_size": size, "stem": self.stem}
+            create = functools.partial(create_model, self.model)
+        return create(num_classes=self.num_classes, width=self.width, rngs=nnx.Rngs(key), **options)
 
     def batch(self) -> tuple[np.ndarray, np.ndarray]:
-        """Random images and labels."""
+        """Random images or tokens, and labels."""
         rng = np.random.default_rng(0)
+        if self.is_text:
+            tokens = rng.integers(0, self.num_classes, (2, *self.example.shape), np.int32)
+            return tokens[0], tokens[1]
         labels = rng.integers(0, self.num_classes, self.batch_size).astype(np.int32)
-        return rng.standard_normal(self.image_shape, np.float32), labels
+        return rng.standard_normal(self.example.shape, np.float32), labels
 
 
 class Contender(Protocol):
@@ -142,7 +166,12 @@ class JaxContender:
             if self._dtype is not None:
                 _compute_in(self._dtype, model)
             if self._recipe is not None:
-                model, table = quantize(model, self._recipe, implementation=self._implementation)
+                model, table = quantize(
+                    model,
+                    self._recipe,
+                    example=setting.example,
+                    implementation=self._implementation,
+                )
                 recipes.update((row.path, row.recipe) for row in table)
             self._optimizer = OptimizerConfig(
                 learning_rate=LEARNING_RATE, weight_decay=0.0, schedule="constant"
@@ -153,8 +182,8 @@ class JaxContender:
         # One compiled program in place of some hundred small ones.
         self._state, self._grads = jax.jit(start)()
         self._products = step_products(layers_of(setting), recipes, self._estimator)
-        images, labels = map(jnp.asarray, setting.batch())
-        self._batch, self._key = (images, labels), jax.random.key(0)
+        inputs, labels = map(jnp.asarray, setting.batch())
+        self._batch, self._key = (inputs, labels), jax.random.key(0)
         self._loss = CrossEntropy(setting.num_classes)
 
     # Compiled at their first use: who only wants whole steps need not wait for the parts.
@@ -223,10 +252,13 @@ class JaxContender:
         return {"products": self._products, "memory": memory or None}
 
 
+_COMPUTE = (nnx.Conv, nnx.Linear, nnx.BatchNorm, nnx.LayerNorm)
+
+
 def _compute_in(dtype: Any, model: Any) -> None:
     """As if the layers had been made with this ``dtype``."""
     for _, module in nnx.iter_modules(model):
-        if isinstance(module, nnx.Conv | nnx.Linear | nnx.BatchNorm):
+        if isinstance(module, _COMPUTE):
             module.dtype = dtype
 
 
@@ -262,10 +294,10 @@ def layers_of(setting: Setting) -> list[LayerShape]:
     """The convolutions and dense layers of the model, in the order in which they are called."""
     found: list[LayerShape] = []
 
-    def trace(images: jax.Array) -> None:
-        found.extend(layer_shapes(setting.create_model(), images))
+    def trace(batch: jax.Array) -> None:
+        found.extend(layer_shapes(setting.create_model(), batch))
 
-    jax.eval_shape(trace, jax.ShapeDtypeStruct(setting.image_shape, jnp.float32))
+    jax.eval_shape(trace, setting.example)
     return found
 
 

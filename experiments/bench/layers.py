@@ -121,7 +121,7 @@ def quantized_layers(setting: Setting) -> list[tuple[LayerShape, int]]:
     binary: set[str] = set()
 
     def convert() -> None:
-        _, table = quantize(setting.create_model(), QAT)
+        _, table = quantize(setting.create_model(), QAT, example=setting.example)
         binary.update(row.path for row in table if row.recipe.binary)
 
     jax.eval_shape(convert)

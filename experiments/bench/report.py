@@ -45,7 +45,7 @@ def tables(report: dict[str, Any], setting: Setting) -> str:
     every = [*report["runs"], *report["layers"], *report["check"]]
     if every:
         parts.append(_heading(every[0]["machine"], setting))
-    parts += [str(_step_table(run)) for run in report["runs"]]
+    parts += [str(_step_table(run, setting.samples)) for run in report["runs"]]
     if report["runs"]:
         legend = _STEP_COLUMNS | (_RSS_COLUMNS if _has_rss(report["runs"]) else {})
         rows = [[name, meaning] for name, meaning in legend.items()]
@@ -59,9 +59,8 @@ def tables(report: dict[str, Any], setting: Setting) -> str:
 
 def _heading(machine: dict[str, Any], setting: Setting) -> str:
     versions = ", ".join(f"{name} {v}" for name, v in machine["versions"].items())
-    size = setting.image_size
     return (
-        f"{setting.model} x{setting.width:g}, batch {setting.batch_size}, {size}x{size}\n"
+        f"{setting.model} x{setting.width:g}, batch {setting.batch_size}, {setting.size}\n"
         f"{machine['cpu']}, {machine['device']}, {machine['memory_gib']:g} GiB\n"
         f"instruction sets: {', '.join(f'{k} {v}' for k, v in machine['isas'].items())}\n"
         f"Python {machine['python']}, {versions}\n{machine['date']}"
@@ -72,7 +71,7 @@ def _has_rss(runs: Sequence[dict[str, Any]]) -> bool:
     return any("rss" in result for run in runs for result in run["contenders"].values())
 
 
-def _step_table(run: dict[str, Any]) -> Table:
+def _step_table(run: dict[str, Any], samples: str) -> Table:
     columns = [
         "contender",
         "forward",
@@ -82,7 +81,7 @@ def _step_table(run: dict[str, Any]) -> Table:
         "min",
         "max",
         "first",
-        "images/s",
+        f"{samples}/s",
     ]
     columns += ["vs float", "vs torch", "vs jax", "G products/s", "of peak", "temp", "args"]
     has_rss = _has_rss([run])
@@ -94,7 +93,7 @@ def _step_table(run: dict[str, Any]) -> Table:
         total = phases["total"]
         row = [name, *(_ms(phases[p]["median"] if p in phases else None) for p in PHASES)]
         row += [_ms(total["min"]), _ms(total["max"]), f"{result['first']:.1f}"]
-        row += [f"{result['images_per_second']:.0f}"]
+        row += [f"{result['samples_per_second']:.0f}"]
         row += [number(speedup.get(other), ".2f") for other in ("float", "torch", "jax")]
         row += [f"{result['rate']:.1f}", f"{result['share_of_peak']:.0%}"]
         row += [_mib(memory.get(key)) for key in ("temp", "argument")]
@@ -179,7 +178,7 @@ def plot(runs: Sequence[dict[str, Any]], setting: Setting, path: pathlib.Path) -
     repeats = len(next(iter(runs[0]["contenders"].values()))["phases"]["total"]["samples"])
     title = (
         f"Training step of {setting.model} x{setting.width:g}, batch {setting.batch_size}, "
-        f"{setting.image_size}x{setting.image_size}; median of {repeats}\n"
+        f"{setting.size}; median of {repeats}\n"
         f"{runs[0]['machine']['cpu']}, {runs[0]['machine']['device']}"
     )
     size = (5 * len(runs) + 1.5, 1.6 + 0.4 * n)

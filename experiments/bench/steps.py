@@ -124,7 +124,7 @@ def measure_steps(
 def compare(results: dict[str, dict[str, Any]], batch_size: int, dot_rate: float) -> None:
     """Adds to each contender's result what follows from the medians of the total step.
 
-    ``images_per_second``; ``rate``, the products of its convolutions and dense layers in G/s over
+    ``samples_per_second``; ``rate``, the products of its convolutions and dense layers in G/s over
     the whole step, and ``share_of_peak``, that over ``dot_rate``; ``speedup``, how many times as
     fast it is as ``torch``, as ``jax`` and as the fastest of :data:`FLOATS` (``float``), where
     those took part.
@@ -135,7 +135,7 @@ def compare(results: dict[str, dict[str, Any]], batch_size: int, dot_rate: float
         rivals["float"] = min(floats.values())
     for result in results.values():
         total = result["phases"]["total"]["median"]
-        result["images_per_second"] = batch_size / total * 1e3
+        result["samples_per_second"] = batch_size / total * 1e3
         result["rate"] = result["products"] / total / 1e6
         result["share_of_peak"] = result["rate"] / dot_rate
         result["speedup"] = {name: median / total for name, median in rivals.items()}

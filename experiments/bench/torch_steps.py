@@ -1,4 +1,4 @@
-"""The same models and training step in PyTorch, channels_last and with the fused Adam: eager or
+"""The same models and training step in PyTorch: images channels_last, with the fused Adam: eager or
 compiled, in fp32 or with bfloat16 where autocast takes it."""
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from experiments.bench import machine
+from experiments.bench import machine, torch_transformers
 from experiments.bench.contenders import LEARNING_RATE, Setting, layers_of, step_products
 from fqt_jax.models.common import scaled
 
@@ -23,6 +23,8 @@ RESNET_DEPTHS: dict[str, Sequence[int]] = {
     "resnet34": (3, 4, 6, 3),
     "resnet50": (3, 4, 6, 3),
 }
+
+TRANSFORMERS = {"gpt_small": torch_transformers.gpt, "vit_small": torch_transformers.vit}
 
 MOBILENET_BLOCKS = (
     *((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2)),
@@ -65,10 +67,10 @@ class TorchContender:
         self._optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, fused=True)
         if self._compiled:
             self._model = torch.compile(self._model)
-        images, labels = setting.batch()
+        inputs, labels = map(torch.from_numpy, setting.batch())
         # A view of NHWC data as NCHW is channels_last already.
-        self._images = torch.from_numpy(images).permute(0, 3, 1, 2)
-        self._labels = torch.from_numpy(labels).long()
+        self._inputs = inputs if setting.is_text else inputs.permute(0, 3, 1, 2)
+        self._labels = labels.long().flatten()
         self._loss = torch.nn.CrossEntropyLoss()
 
     def step(self) -> None:
@@ -103,8 +105,8 @@ class TorchContender:
         if self._bfloat16:
             precision = torch.autocast("cpu", dtype=torch.bfloat16)
         with precision:
-            logits = self._model(self._images)
-        return self._loss(logits.float(), self._labels)
+            logits = self._model(self._inputs)
+        return self._loss(logits.float().flatten(0, -2), self._labels)
 
     def details(self) -> dict[str, Any]:
         """See :class:`experiments.bench.contenders.Contender`."""
@@ -112,7 +114,7 @@ class TorchContender:
 
 
 def create_torch_model(setting: Setting) -> Any:
-    """The model of :func:`fqt_jax.models.create_model` as a ``torch.nn.Module`` over NCHW.
+    """The model of :func:`fqt_jax.models.create_model` as a ``torch.nn.Module``, images over NCHW.
 
     Submodules have the same names and numbers, so parameters correspond by path.
     """
@@ -120,6 +122,8 @@ def create_torch_model(setting: Setting) -> Any:
         return _vgg(VGG_STAGES[setting.model], setting)
     if setting.model == "mobilenet":
         return _mobilenet(setting)
+    if setting.model in TRANSFORMERS:
+        return TRANSFORMERS[setting.model](setting)
     return _resnet(RESNET_DEPTHS[setting.model], setting)
 
 

@@ -8,7 +8,13 @@ from experiments.data.dataset import DataError
 
 
 def epoch_order(
-    n: int, batch_size: int, seed: int, epoch: int, *, labels: np.ndarray | None = None
+    n: int,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    *,
+    labels: np.ndarray | None = None,
+    pieces: int = 1,
 ) -> np.ndarray:
     """Indices of an epoch's batches, the same whenever and wherever they are asked for.
 
@@ -26,12 +32,15 @@ def epoch_order(
         labels are equal. The systematic sampler takes evenly from any stretch of neighbours, so
         every class gets its share of the samples drawn, which lowers the noise of their sum and
         stays unbiased.
+      pieces: into so many equal pieces a batch is cut for its devices; each is laid out by label,
+        and has its share of every label.
 
     Returns:
       int32 ``[n // batch_size, batch_size]``, all entries distinct and in ``[0, n)``.
 
     Raises:
-      DataError: fewer examples than one batch, a negative seed or epoch, or not ``n`` labels.
+      DataError: fewer examples than one batch, a negative seed or epoch, not ``n`` labels, or
+        pieces that cannot be equal.
 
     Example:
       >>> epoch_order(10, 4, seed=0, epoch=0).shape
@@ -40,6 +49,9 @@ def epoch_order(
       >>> labels[epoch_order(10, 4, seed=0, epoch=0, labels=labels)]
       array([[0, 1, 2, 2],
              [0, 0, 1, 1]])
+      >>> labels[epoch_order(10, 4, seed=0, epoch=0, labels=labels, pieces=2)]
+      array([[0, 2, 1, 2],
+             [0, 1, 0, 1]])
       >>> epoch_order(3, 4, seed=0, epoch=0)
       Traceback (most recent call last):
         ...
@@ -61,4 +73,8 @@ def epoch_order(
     if labels.shape != (n,):
         raise DataError(f"labels must have the shape ({n},); got {labels.shape}.")
     by_label = np.argsort(labels[batches], axis=1, kind="stable")
-    return np.take_along_axis(batches, by_label, axis=1)
+    if batch_size % pieces:
+        raise DataError(f"a batch of {batch_size} has no {pieces} equal pieces.")
+    laid_out = np.take_along_axis(batches, by_label, axis=1)
+    dealt = laid_out.reshape(steps, batch_size // pieces, pieces).swapaxes(1, 2)
+    return np.ascontiguousarray(dealt).reshape(steps, batch_size)

@@ -31,9 +31,11 @@ class Schedule:
       flip: whether training images are mirrored at random.
       stratify: whether a batch is laid out by label (:func:`epoch_order`).
       test_each_epoch: whether the test follows after each epoch too.
+      share, shares: which of how many equal pieces of each batch is made.
+      devices: that share each batch (``pieces`` of :func:`epoch_order`).
 
     Raises:
-      DataError: there are fewer training examples than one batch.
+      DataError: there are fewer training examples than one batch, or it has no equal pieces.
 
     Example:
       >>> from experiments.data import load
@@ -54,10 +56,17 @@ class Schedule:
     flip: bool = True
     stratify: bool = False
     test_each_epoch: bool = False
+    share: int = 0
+    shares: int = 1
+    devices: int = 1
 
     def __post_init__(self) -> None:
         if self.batch_size > len(self.train):
             raise DataError(f"there are only {len(self.train)} training images.")
+        if self.batch_size % self.shares:
+            raise DataError(
+                f"a batch of {self.batch_size} images has no {self.shares} equal pieces."
+            )
 
     def batches(self, part: Part) -> int:
         """How many batches a part has."""
@@ -89,7 +98,9 @@ class Schedule:
         return self.epochs * self._per_epoch + self.batches("test")
 
     def __getitem__(self, index: int) -> Batch:
-        """A batch: ``"image"``, uint8 ``[B, H, W, C]``, and ``"label"``, int32 ``[B]``.
+        """A batch, or the share of it.
+
+        It has ``"image"``, uint8 ``[B, H, W, C]``, and ``"label"``, int32 ``[B]``.
 
         In validation and test there is also ``"valid"``, bool ``[B]``, false where an example only
         fills up the batch.
@@ -102,15 +113,17 @@ class Schedule:
             if step < self.batches(part):
                 break
             step -= self.batches(part)
+        count = self.batch_size // self.shares
+        mine = np.arange(count) + self.share * count
         if part == "train":
-            chosen = _order(self, epoch)[step]
+            chosen = _order(self, epoch)[step][mine]
             images = self.train.augmented(chosen, self.seed, epoch, flip=self.flip)
             return {"image": images, "label": self.train.labels[chosen]}
         examples: Streamed = getattr(self, part)
-        places = np.arange(self.batch_size) + step * self.batch_size
+        places = mine + step * self.batch_size
         valid = places < len(examples)
         kept = places[valid]
-        fill = [(0, self.batch_size - len(kept))]
+        fill = [(0, count - len(kept))]
         return {
             "image": np.pad(examples.evaluated(kept), fill + [(0, 0)] * 3),
             "label": np.pad(examples.labels[kept], fill),
@@ -122,4 +135,5 @@ class Schedule:
 def _order(schedule: Schedule, epoch: int) -> np.ndarray:
     labels = schedule.train.labels if schedule.stratify else None
     n = len(schedule.train)
-    return epoch_order(n, schedule.batch_size, schedule.seed, epoch, labels=labels)
+    size, seed, pieces = schedule.batch_size, schedule.seed, schedule.devices
+    return epoch_order(n, size, seed, epoch, labels=labels, pieces=pieces)

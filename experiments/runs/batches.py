@@ -11,11 +11,13 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from experiments.data import Dataset, Examples, Streamed, epoch_order
 from experiments.data.ahead import made_ahead
-from experiments.data.schedule import Batch, Part, Schedule
+from experiments.data.schedule import Part, Schedule
 from experiments.runs.config import RunConfig
+from experiments.runs.devices import placed, shared, shared_indices
 from experiments.runs.kinds import Data, flips, kind_of
 from fqt_jax.batches import Padded
 
@@ -36,12 +38,16 @@ class Batches(Protocol):
         """Ends what makes them."""
 
 
-def batches(config: RunConfig, dataset: Dataset) -> Batches:
-    """The batches of a run, as its data set is held on the device or streamed."""
+def batches(config: RunConfig, dataset: Dataset, mesh: Mesh | None = None) -> Batches:
+    """The batches of a run, as its data set is held on the device or streamed.
+
+    On several devices they share each batch. Of several processes each makes its share of a
+    stream alone.
+    """
     parts = (dataset.train, dataset.validation, dataset.test)
     train, validation, test = parts
     if not isinstance(train, Streamed):
-        return Held(config, dataset)
+        return Held(config, dataset, mesh)
     assert isinstance(validation, Streamed)
     assert isinstance(test, Streamed)
     schedule = Schedule(
@@ -54,44 +60,49 @@ def batches(config: RunConfig, dataset: Dataset) -> Batches:
         flip=flips(config, dataset),
         stratify=config.stratify,
         test_each_epoch=config.test_each_epoch,
+        share=jax.process_index(),
+        shares=jax.process_count(),
+        devices=1 if mesh is None else mesh.size,
     )
-    return Stream(schedule, config.workers or 0)
+    return Stream(schedule, config.workers or 0, mesh)
 
 
-def on_device(dataset: Dataset, examples: Examples) -> Data:
-    """A split of a data set as the gathering steps take it."""
-    return {
-        kind_of(dataset).inputs: jnp.asarray(examples.first(len(examples))),
-        "label": jnp.asarray(examples.labels),
-    }
+def on_device(dataset: Dataset, examples: Examples, mesh: Mesh | None = None) -> Data:
+    """A split of a data set as the gathering steps take it, whole on each device."""
+    arrays = {kind_of(dataset).inputs: examples.first(len(examples)), "label": examples.labels}
+    held: Data = placed(arrays, mesh) if mesh is not None else jax.tree.map(jnp.asarray, arrays)
+    return held
 
 
-def gathered(data: Data, batch_size: int) -> Iterator[tuple[Data, np.ndarray]]:
+def gathered(data: Data, batch_size: int, mesh: Mesh | None = None) -> Iterator[tuple[Data, Any]]:
     """Data and indices for an evaluation in batches of one size; -1 fills up the last one."""
     n = len(data["label"])
     for start in range(0, n, batch_size):
         indices = np.arange(start, start + batch_size, dtype=np.int32)
-        yield data, np.where(indices < n, indices, np.int32(-1))
+        yield data, shared_indices(np.where(indices < n, indices, np.int32(-1)), mesh)
 
 
 class Held:
     """Batches of a data set that lies on the device: the whole of it, and which of it to take."""
 
-    def __init__(self, config: RunConfig, dataset: Dataset):
-        self._config, self._dataset = config, dataset
-        self._train = on_device(dataset, dataset.train)
-        self._validation = on_device(dataset, dataset.validation)
+    def __init__(self, config: RunConfig, dataset: Dataset, mesh: Mesh | None = None):
+        self._config, self._dataset, self._mesh = config, dataset, mesh
+        self._train = on_device(dataset, dataset.train, mesh)
+        self._validation = on_device(dataset, dataset.validation, mesh)
 
     def train(self, epoch: int, first: int) -> Iterator[tuple[Any, ...]]:
         config, labels = self._config, self._dataset.train.labels
         by = labels if config.stratify else None
-        order = epoch_order(len(labels), config.batch_size, config.seed, epoch, labels=by)
-        return ((self._train, indices) for indices in order[first:])
+        pieces = 1 if self._mesh is None else self._mesh.size
+        order = epoch_order(
+            len(labels), config.batch_size, config.seed, epoch, labels=by, pieces=pieces
+        )
+        return ((self._train, shared_indices(indices, self._mesh)) for indices in order[first:])
 
     def evaluate(self, part: Part, epoch: int) -> Iterator[tuple[Any, ...]]:
-        dataset = self._dataset
-        data = self._validation if part == "validation" else on_device(dataset, dataset.test)
-        return gathered(data, self._config.batch_size)
+        dataset, mesh = self._dataset, self._mesh
+        data = self._validation if part == "validation" else on_device(dataset, dataset.test, mesh)
+        return gathered(data, self._config.batch_size, mesh)
 
     def ready(self) -> bool:
         return True
@@ -106,10 +117,11 @@ class Stream:
     Args:
       schedule: the batches.
       workers: of :func:`experiments.data.ahead.made_ahead`.
+      mesh: the devices, where there are several.
     """
 
-    def __init__(self, schedule: Schedule, workers: int):
-        self._schedule, self._workers = schedule, workers
+    def __init__(self, schedule: Schedule, workers: int, mesh: Mesh | None = None):
+        self._schedule, self._workers, self._mesh = schedule, workers, mesh
         self._next = -1
         self._ahead: _Ahead | None = None
 
@@ -126,7 +138,7 @@ class Stream:
     def _from(self, start: int, count: int) -> Iterator[Any]:
         if start != self._next or self._ahead is None:
             self.close()
-            self._ahead = _Ahead(self._schedule, start, self._workers)
+            self._ahead = _Ahead(self._schedule, start, self._workers, self._mesh)
             self._next = start
         for batch in itertools.islice(self._ahead, count):
             self._next += 1
@@ -144,9 +156,9 @@ class Stream:
 class _Ahead:
     """A thread that puts the next batch on the device while a step runs."""
 
-    def __init__(self, schedule: Schedule, first: int, workers: int):
+    def __init__(self, schedule: Schedule, first: int, workers: int, mesh: Mesh | None):
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=1)
-        self._closed = threading.Event()
+        self._closed, self._mesh = threading.Event(), mesh
         arguments = (schedule, first, workers)
         self._thread = threading.Thread(target=self._fill, args=arguments, daemon=True)
         self._thread.start()
@@ -155,7 +167,7 @@ class _Ahead:
         try:
             with made_ahead(schedule, first, workers) as made:
                 for batch in made:
-                    if not self._put(_placed(batch)):
+                    if not self._put(shared(batch, self._mesh)):
                         return
             self._put(None)
         except Exception as error:
@@ -182,8 +194,3 @@ class _Ahead:
     def close(self) -> None:
         self._closed.set()
         self._thread.join()
-
-
-def _placed(batch: Batch) -> Data:
-    placed: Data = jax.device_put(batch)
-    return placed

@@ -8,6 +8,7 @@ import re
 import shutil
 from typing import Any
 
+from experiments import distributed
 from experiments.cli import UserError
 from fqt_jax.checkpoints import (
     CheckpointError,
@@ -54,6 +55,8 @@ class RunCheckpoints:
     def save(self, state: TrainState, metadata: dict[str, Any], *, best: int | None = None) -> None:
         """Saves a state, unless it is saved already; then removes all but the last two and one.
 
+        Of several processes the first writes, and the others wait for it.
+
         Args:
           state: the state.
           metadata: of :func:`fqt_jax.checkpoints.save_checkpoint`.
@@ -64,6 +67,13 @@ class RunCheckpoints:
           OSError: a damaged one of that step cannot be removed.
         """
         path = self.at(int(state.step))
+        if distributed.first():
+            self._save(path, state, metadata, best)
+        distributed.wait_for_all(f"{path.name} is saved")
+
+    def _save(
+        self, path: pathlib.Path, state: TrainState, metadata: dict[str, Any], best: int | None
+    ) -> None:
         if path not in self._whole:
             if path.exists():  # a damaged one, newer than that which the run was resumed from
                 _remove(path)

@@ -12,6 +12,8 @@ from experiments.data.catalog import Stream
 from experiments.runs.kinds import kind_named
 from experiments.runs.ranges import check_numbers
 from fqt_jax.estimators import Estimator, FullBatch, OneDraw
+from fqt_jax.estimators.one_draw import Scope
+from fqt_jax.exchange import Exchange, Mean, Signs
 from fqt_jax.kernels import check_implementation
 from fqt_jax.models import MODELS, has_stem
 from fqt_jax.optimizers import OptimizerConfig
@@ -25,6 +27,7 @@ from fqt_jax.recipe import (
     Threshold,
     recipe_by_name,
 )
+from fqt_jax.shards import Statistics
 
 NO_PAD = "pad has no effect."
 NO_WORKERS = "workers have no effect."
@@ -137,6 +140,22 @@ class RunConfig:
     save_minutes: float | None = None
     """Save within an epoch too, when so many minutes have passed since the last time."""
 
+    devices: int | Literal["all"] | None = None
+    """Devices that share each batch: a number, or all, of all processes; the default is one, and
+    with several processes all. Batch size, rates and epochs mean the same on any number."""
+    batch_statistics: Statistics | None = None
+    """What batch norms take on several devices: synchronized, the whole batch's statistics, which
+    is the default, or local, each device's own."""
+    draw_from: Scope | None = None
+    """What one-draw draws from on several devices: each one's shard, which is the default, or the
+    whole batch."""
+
+    reduce: Literal["floats", "signs"] | None = None
+    """How several devices bring their gradients together: as floats, which is the default, or as
+    packed signs with error feedback, as 1-bit Adam does."""
+    reduce_warmup: float = 0.15
+    """Part of the run's steps that takes floats first, while Adam's second moment settles."""
+
     seed: int = 0
     """Decides initialization, order, augmentation and rounding."""
     implementation: str | None = None
@@ -162,6 +181,15 @@ class RunConfig:
     )
     """Options that are values in a training step, not constants of its program."""
 
+    OF_THE_CALL: ClassVar[tuple[str, ...]] = (
+        "out",
+        "resume",
+        "coordinator",
+        "processes",
+        "process",
+    )
+    """Options that say where a run is kept and who runs it: they are not the run's."""
+
     def __post_init__(self) -> None:
         if self.model not in MODELS:
             raise UserError(f"unknown model {self.model!r}; known models: {', '.join(MODELS)}.")
@@ -175,6 +203,17 @@ class RunConfig:
             raise UserError(f"stream has random crops of its own: {NO_PAD}")
         if self.stream == "no" and self.workers is not None:
             raise UserError(f"stream is no: {NO_WORKERS}")
+        if self.draw_from is not None and not self.one_draw:
+            raise UserError("draw_from has no effect without one-draw.")
+        if self.draw_from == "batch" and self.batch_statistics == "local":
+            raise UserError("draw_from batch needs synchronized batch-statistics, not local ones.")
+        if self.reduce != "signs" and self.reduce_warmup != 0.15:
+            raise UserError("reduce_warmup has no effect: reduce is not signs.")
+        if self.reduce == "signs":
+            if self.optimizer != "adam":
+                raise UserError(f"reduce signs is of the optimizer adam; got {self.optimizer}.")
+            if self.clip_norm is not None:
+                raise UserError("reduce signs and clip_norm cannot be combined.")
         if self.out is not None and self.resume is not None:
             raise UserError("give either out, for a new run, or resume, for one that exists.")
         try:  # now, before any data are read and any folder is made
@@ -225,7 +264,7 @@ class RunConfig:
         gradient = self.build_recipe().gradient
         if gradient is None or gradient.keep_fraction == 1:
             raise UserError(f"the recipe {self.recipe!r} prunes nothing: one_draw cannot be set.")
-        return OneDraw(keep=gradient.keep_fraction)
+        return OneDraw(keep=gradient.keep_fraction, scope=self.draw_from or "shard")
 
     @property
     def variant(self) -> str:
@@ -256,6 +295,12 @@ class RunConfig:
             freeze=self.freeze,
         )
 
+    def build_exchange(self, total_steps: int) -> Exchange:
+        """How the run's devices bring their gradients together."""
+        if self.reduce != "signs":
+            return Mean()
+        return Signs(warmup=max(1, round(self.reduce_warmup * total_steps)))
+
     def filled_in(self) -> dict[str, Any]:
         """What options that were left open stand for, as far as the data do not decide."""
         optimizer = self.build_optimizer()
@@ -277,8 +322,8 @@ class RunConfig:
     def to_json(self) -> dict[str, Any]:
         """The options as JSON values, without those that say where the run is kept."""
         values = dataclasses.asdict(self)
-        for name in ("out", "resume"):
-            values.pop(name)
+        for name in self.OF_THE_CALL:
+            values.pop(name, None)
         return {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in values.items()}
 
 

@@ -9,9 +9,9 @@ import json
 import pathlib
 from typing import Any, ClassVar
 
-from experiments import cli, process
+from experiments import cli, distributed, process
 from experiments.data import Dataset
-from experiments.runs import folders, locks, logs, reporting, runner, tasks
+from experiments.runs import devices, folders, locks, logs, reporting, runner, tasks
 from experiments.runs.config import RunConfig
 from experiments.runs.kinds import kind_named
 from experiments.runs.pretraining import PretrainConfig, newest_pretraining
@@ -40,6 +40,17 @@ class FinetuneConfig(RunConfig):
     """Seed of that pretraining; the default is the run's own."""
     cache: pathlib.Path = CACHE
     """Where such pretrained models are kept."""
+
+    coordinator: str | None = None
+    """HOST:PORT of the first of several processes, where they find each other; under Slurm and
+    Kubernetes it is found."""
+    processes: int | None = None
+    """How many processes there are; 1 is one wherever it runs."""
+    process: int | None = None
+    """Which of them this one is, from 0 on."""
+
+    DISTRIBUTED: ClassVar[bool] = True
+    """The run may have several processes; see :func:`experiments.distributed.start`."""
 
     NOT_COMPILED: ClassVar[tuple[str, ...]] = (
         *RunConfig.NOT_COMPILED,
@@ -96,8 +107,10 @@ def main(config: FinetuneConfig) -> None:
         folder = config.resume
         if folder is not None:
             config = read_config(config, folder)
+            devices.mesh_of(config)
             held.enter_context(folders.continuing(folder, "finetune"))
         else:
+            devices.mesh_of(config)  # a check, before data are read
             folders.check_can_start(config)
             if config.weights is not None and not config.weights.is_file():
                 raise cli.UserError(f"{config.weights} is not there.")
@@ -170,6 +183,11 @@ def _pretrained(config: FinetuneConfig, dataset: Dataset) -> pathlib.Path:
     if made is not None and not why_not:
         print(f"starting from the pretrained model in {made}")
         return folders.checkpoint_at(made)
+    if distributed.several():
+        raise cli.UserError(
+            "several processes do not pretrain: give a --checkpoint, such as that of "
+            "experiments.pretrain, --weights or --from-scratch."
+        )
     if made is not None:
         print(f"{made} is not what to start from: {why_not}; --checkpoint {made} would take it")
     # Defaults stay out of the name, so that an option added later renames no folder.

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
-from experiments import process
+from experiments import distributed, process
 from experiments.cli import UserError
 from experiments.runs import locks
 from experiments.runs.config import RunConfig
@@ -58,7 +58,7 @@ def check_can_start(config: RunConfig) -> None:
     Raises:
       UserError, OSError: as :func:`run_folder`.
     """
-    if config.out is None:
+    if config.out is None or not distributed.first():
         return
     missing = [path for path in (config.out, *config.out.parents) if not path.exists()]
     _check_fresh(_make(config.out, ""), resumable=True)
@@ -106,9 +106,11 @@ def continuing(folder: pathlib.Path, kind: str) -> Iterator[None]:
       UserError: another process holds it.
       OSError: it cannot be written.
     """
-    with locks.locked(folder):
-        command = f"{process.command(kind)} --resume {shlex.quote(str(folder))}"
-        process.if_stopped(f"continue by: {command}")
+    hint = f"continue by: {process.command(kind)} --resume {shlex.quote(str(folder))}"
+    # Of several processes the first holds it for all.
+    with locks.locked(folder) if distributed.first() else contextlib.nullcontext():
+        process.if_stopped(hint)
+        distributed.tell_how_to_go_on(hint)
         yield
 
 
@@ -122,14 +124,15 @@ def starting(config: RunConfig, kind: str) -> Iterator[pathlib.Path]:
     Raises:
       UserError, OSError: as :func:`run_folder`.
     """
-    folder = run_folder(config, kind, resumable=True)
+    made = run_folder(config, kind, resumable=True) if distributed.first() else None
+    folder = distributed.from_first(made)
     with continuing(folder, kind):
         try:
             yield folder
         except process.Interrupted:
             raise
         except Exception:
-            if latest_checkpoint(folder / "checkpoints") is None:
+            if distributed.first() and latest_checkpoint(folder / "checkpoints") is None:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
@@ -150,7 +153,9 @@ def finished(folder: pathlib.Path) -> bool:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all; of several processes, the first does."""
+    if not distributed.first():
+        return
     partial = path.with_name(path.name + _PARTIAL)
     with partial.open("w") as file:
         file.write(text)

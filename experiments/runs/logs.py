@@ -6,6 +6,7 @@ import pathlib
 import uuid
 from typing import Any, Protocol
 
+from experiments import distributed
 from experiments.data.dataset import import_extra
 from experiments.runs.config import RunConfig
 from experiments.runs.folders import write_text
@@ -41,6 +42,8 @@ def open_log(config: RunConfig, folder: pathlib.Path, step: int) -> Log:
       DataError: the package is missing.
       OSError: the folder cannot be written.
     """
+    if not distributed.first():
+        return NoLog()
     if config.log == "tensorboard":
         return _TensorBoard(folder, step)
     if config.log == "wandb":

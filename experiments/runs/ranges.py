@@ -37,6 +37,10 @@ def check_numbers(config: RunConfig) -> None:
         if value is not None and not lowest <= value <= highest:
             limit = f"at least {lowest}" if value < lowest else f"at most {highest}"
             raise UserError(f"{name} must be {limit}; got {value}.")
+    if not 0 < config.reduce_warmup < 1:
+        raise UserError(f"reduce_warmup must be in (0, 1); got {config.reduce_warmup}.")
+    if isinstance(config.devices, int) and config.devices < 1:
+        raise UserError(f"devices must be at least 1, or all; got {config.devices}.")
     if not 0 < config.validation_fraction < 1:
         raise UserError(f"validation_fraction must be in (0, 1); got {config.validation_fraction}.")
     if not 0 <= config.label_smoothing < 1:

@@ -11,6 +11,7 @@ from typing import Any
 
 import rich.progress
 
+from experiments import distributed
 from experiments.show import style
 from experiments.show.curves import curve
 from fqt_jax.text import format_table
@@ -152,6 +153,8 @@ def plot_curves(
     history: list[dict[str, Any]], summary: dict[str, Any] | None, path: pathlib.Path
 ) -> None:
     """Draws loss and accuracy over the epochs; with a summary, the test accuracy too."""
+    if not distributed.first():
+        return
     title = ""
     if summary is not None:
         title = (

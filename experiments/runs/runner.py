@@ -17,15 +17,18 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from experiments import process
 from experiments.cli import UserError
 from experiments.data.schedule import Part
+from experiments.distributed import Agreement, gathered, several, wait_for_all
 from experiments.process import Interrupted, StopOnSignal
 from experiments.runs import reporting
 from experiments.runs.batches import Batches, batches
 from experiments.runs.checkpoints import RunCheckpoints, check_nothing_is_lost
 from experiments.runs.config import RunConfig
+from experiments.runs.devices import mesh_of, placed
 from experiments.runs.diagnosis import Diagnosis
 from experiments.runs.divergence import origin
 from experiments.runs.folders import write_json, write_text
@@ -43,7 +46,8 @@ from experiments.runs.tasks import Task, resolved
 from fqt_jax.averaging import averaged_parameters
 from fqt_jax.batches import take
 from fqt_jax.checkpoints import nonfinite_arrays, read_metadata, restore_checkpoint
-from fqt_jax.training import TrainState, create_state, reset_metrics
+from fqt_jax.exchange import Signs
+from fqt_jax.training import TrainState, create_state, place_state, reset_metrics
 
 _IN_FLIGHT = 4
 """Steps dispatched ahead of the device, so that it never waits, nor the user after Ctrl-C."""
@@ -118,11 +122,18 @@ def train(
         run.log.close()
 
 
-def _steps(config: RunConfig, task: Task, graphdef: Any, total_steps: int) -> Steps:
+def _steps(
+    config: RunConfig, task: Task, graphdef: Any, total_steps: int, mesh: Mesh | None
+) -> Steps:
     dataset = task.dataset
-    optimizer = config.build_optimizer().build(nnx.state(task.model, nnx.Param), total_steps)
-    train_step = build_train_step(config, dataset, graphdef, optimizer, augments=True)
-    return Steps(optimizer, train_step, build_eval_step(dataset, graphdef))
+    exchange, options = config.build_exchange(total_steps), config.build_optimizer()
+    if isinstance(exchange, Signs):
+        options = dataclasses.replace(options, second_moment_steps=exchange.warmup)
+    optimizer = options.build(nnx.state(task.model, nnx.Param), total_steps)
+    train_step = build_train_step(
+        config, dataset, graphdef, optimizer, augments=True, mesh=mesh, exchange=exchange
+    )
+    return Steps(optimizer, train_step, build_eval_step(dataset, graphdef, mesh))
 
 
 class _Run:
@@ -137,19 +148,22 @@ class _Run:
     ):
         self.config, self.task, self.folder, self.kind = config, task, folder, kind
         self.save_seconds = save_seconds
+        self.mesh = mesh_of(config)
+        self.agreement = Agreement(_IN_FLIGHT)
         dataset = task.dataset
         self.of = kind_of(dataset)
         config.check_batch(len(dataset.train))
         self.steps_per_epoch = len(dataset.train) // config.batch_size
         self.total_steps = self.steps_per_epoch * config.epochs
+        self.exchange = config.build_exchange(self.total_steps)
         graphdef = nnx.graphdef(task.model)
         program = (graphdef, config.compiled())
         if program not in shared:
-            shared[program] = _steps(config, task, graphdef, self.total_steps)
+            shared[program] = _steps(config, task, graphdef, self.total_steps, self.mesh)
         self.steps = shared[program]
         self.graphdef = graphdef
         self.state = state = self._beginning()
-        self.key = jax.random.key(config.seed)
+        self.key = placed(jax.random.key(config.seed), self.mesh)
         self.start = task.start
         self.history: list[dict[str, Any]] = []
         self.log: Log = NoLog()
@@ -160,11 +174,21 @@ class _Run:
         self.diagnosis = Diagnosis(config, dataset, graphdef, state) if config.diagnose else None
 
     def _beginning(self) -> TrainState:
-        _, state = create_state(self.task.model, self.steps.optimizer, self.of.metrics)
+        _, state = create_state(
+            self.task.model,
+            self.steps.optimizer,
+            self.of.metrics,
+            exchange=self.exchange,
+            mesh=self.mesh,
+        )
         opt_state = self.config.build_optimizer().set_rates(state.opt_state)
-        return dataclasses.replace(state, opt_state=opt_state)
+        return self._placed(dataclasses.replace(state, opt_state=opt_state))
+
+    def _placed(self, state: TrainState) -> TrainState:
+        return state if self.mesh is None else place_state(state, self.mesh)
 
     def go(self) -> dict[str, Any]:
+        wait_for_all("the run's folder")
         summary_path = self.folder / "summary.json"
         if summary_path.exists():
             summary = read_summary(summary_path)
@@ -175,7 +199,7 @@ class _Run:
         write_text(self.folder / "layers.txt", f"{self.task.table}\n")
         write_json(self.folder / "resolved.json", resolved(self.config, self.task.dataset))
         began = time.perf_counter()
-        with contextlib.closing(batches(self.config, self.task.dataset)) as made:
+        with contextlib.closing(batches(self.config, self.task.dataset, self.mesh)) as made:
             with StopOnSignal() as stop, self._progress() as progress:
                 first = int(self.state.step) // self.steps_per_epoch
                 for epoch in range(first, self.config.epochs):
@@ -183,7 +207,7 @@ class _Run:
                         break
                     self._train_epoch(epoch, made, stop, progress)
                     self._end_epoch(epoch, made, progress)
-                    if stop.requested:
+                    if self.agreement.ask_now(stop.requested, False)[0]:
                         self._save_and_stop(epoch)
             stopped = reason_to_stop(self.history, self.config.patience)
             if len(self.history) == self.config.epochs:
@@ -226,8 +250,23 @@ class _Run:
             return self.history[-1]
         best = best_epoch(self.history)
         if best["step"] != int(self.state.step):
-            self.state = restore_checkpoint(self.checkpoints.at(best["step"]), self.state)
+            self.state = self._read(self.checkpoints.at(best["step"]), self.state)
         return best
+
+    def _read(self, path: pathlib.Path, state: TrainState) -> TrainState:
+        """A saved state, where the states of this run lie."""
+        if not isinstance(self.exchange, Signs) or self.mesh is None:
+            return self._placed(restore_checkpoint(path, state))
+        # What each device keeps is of as many as there were when it was saved.
+        kept = self.exchange.init(state.params, read_metadata(path)["devices"])
+        state = restore_checkpoint(path, dataclasses.replace(state, exchange=kept))
+        kept = self.exchange.moved(state.exchange, state.params, self.mesh.size)
+        same = kept.error.shape == state.exchange.error.shape
+        return self._placed(state if same else dataclasses.replace(state, exchange=kept))
+
+    def _gathered(self) -> TrainState:
+        """The state with what each device keeps for itself, where this process can read all."""
+        return dataclasses.replace(self.state, exchange=gathered(self.state.exchange))
 
     def _train_epoch(
         self, epoch: int, made: Batches, stop: StopOnSignal, progress: reporting.Progress
@@ -262,10 +301,13 @@ class _Run:
             elif len(in_flight) > _IN_FLIGHT:
                 # The loss of a step long dispatched: the device is not kept waiting for it.
                 wait()
-            if i + 1 < self.steps_per_epoch and (stop.requested or self._minutes_are_over()):
+            stopping, saving = self.agreement.ask(
+                stop.requested, self._minutes_are_over(), after=loss
+            )
+            if i + 1 < self.steps_per_epoch and (stopping or saving):
                 while in_flight:
                     wait()
-                if stop.requested:
+                if stopping:
                     self._save_and_stop(epoch)
                 self._check_finite(epoch)
                 self._save()
@@ -314,7 +356,7 @@ class _Run:
 
     def _save(self) -> None:
         best = best_epoch(self.history)["step"] if self.history else None
-        self.checkpoints.save(self.state, self._metadata(), best=best)
+        self.checkpoints.save(self._gathered(), self._metadata(), best=best)
         self.saved_at = time.perf_counter()
 
     def _save_and_stop(self, epoch: int) -> NoReturn:
@@ -328,7 +370,7 @@ class _Run:
 
     def _check_finite(self, epoch: int) -> None:
         """The losses are those before each update; this sees what the last one has done."""
-        wrong = nonfinite_arrays(self.state)
+        wrong = nonfinite_arrays(self._gathered())
         if wrong:
             arrays = len(jax.tree.leaves(self.state))
             raise self._diverged(
@@ -339,11 +381,11 @@ class _Run:
 
     def _where(self, step: int, made: Batches) -> str:
         """Where it began that a step's loss is not finite: the steps before it are taken again."""
-        if self.save_seconds:  # a run of many, which is expected at the highest rates
-            return ""
+        if self.save_seconds or several():
+            return ""  # one run of many, expected at the highest rates; or one of many processes
         path, _ = self.checkpoints.newest()
         state = self._beginning()
-        state = restore_checkpoint(path, state) if path else state
+        state = self._read(path, state) if path else state
         print(f"taking the steps from {int(state.step) + 1} again, to see where that began")
         epoch, first = divmod(int(state.step), self.steps_per_epoch)
         steps = itertools.chain.from_iterable(
@@ -369,6 +411,7 @@ class _Run:
         return {
             "experiment": self.kind,
             "config": self.config.to_json(),
+            "devices": 1 if self.mesh is None else self.mesh.size,
             "num_classes": self.task.dataset.num_classes,
             "start": self.start,
             "history": self.history,
@@ -384,7 +427,7 @@ class _Run:
             return
         for message in wrong:
             print(f"warning: {message}")
-        self.state = restore_checkpoint(path, self.state)
+        self.state = self._read(path, self.state)
         metadata = read_metadata(path)
         self.history, self.start = list(metadata["history"]), metadata["start"]
         if self.diagnosis:

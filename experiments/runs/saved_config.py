@@ -40,7 +40,8 @@ def read_config(given: ConfigT, folder: pathlib.Path) -> ConfigT:
     """The options that the run in a folder was started with.
 
     Args:
-      given: the options of this call; those that differ from the defaults must agree with the run.
+      given: the options of this call; those that differ from the defaults must agree with the run,
+        but for the devices.
       folder: the run's folder.
 
     Raises:
@@ -56,7 +57,7 @@ def read_config(given: ConfigT, folder: pathlib.Path) -> ConfigT:
         raise UserError(f"{path} is damaged or of another experiment: {error}") from None
     for field in dataclasses.fields(given):
         value = getattr(given, field.name)
-        if field.name not in ("out", "resume") and value not in (
+        if field.name not in (*given.OF_THE_CALL, "devices") and value not in (
             field.default,
             getattr(saved, field.name),
         ):
@@ -64,4 +65,5 @@ def read_config(given: ConfigT, folder: pathlib.Path) -> ConfigT:
                 f"{field.name} is {getattr(saved, field.name)} in the run {folder}; it cannot be "
                 f"changed to {value} on resuming."
             )
-    return saved
+    # A run may go on with other devices than it had.
+    return saved if given.devices is None else dataclasses.replace(saved, devices=given.devices)

@@ -7,10 +7,12 @@ from typing import Any
 
 import jax
 import optax
+from jax.sharding import Mesh
 
 from experiments.data import Dataset, Streamed
 from experiments.runs.config import RunConfig
 from experiments.runs.kinds import Preprocess, kind_of
+from fqt_jax.exchange import Exchange, Mean
 from fqt_jax.training import (
     CrossEntropy,
     TrainState,
@@ -32,6 +34,8 @@ def build_train_step(
     optimizer: optax.GradientTransformation,
     *,
     augments: bool = False,
+    mesh: Mesh | None = None,
+    exchange: Exchange = Mean(),
 ) -> Step:
     """The training step of a run: ``step(state, *batch, key) -> (state, loss)``.
 
@@ -44,6 +48,7 @@ def build_train_step(
       graphdef: structure of the model.
       optimizer: the optimizer.
       augments: whether images are augmented; a stream has its own augmentation.
+      mesh, exchange: the devices, where there are several, and how they reduce gradients.
     """
     kind, loss = kind_of(dataset), CrossEntropy(dataset.num_classes, config.label_smoothing)
     step = make_train_step(
@@ -53,6 +58,9 @@ def build_train_step(
         estimator=config.build_estimator(),
         metrics=kind.metrics_of(loss),
         preprocess=kind.training(config, dataset) if augments else _without_key(dataset),
+        mesh=mesh,
+        statistics=config.batch_statistics or "synchronized",
+        exchange=exchange,
     )
     return step if isinstance(dataset.train, Streamed) else gather_on_device(step)
 
@@ -62,7 +70,7 @@ def _without_key(dataset: Dataset) -> Preprocess | None:
     return None if preprocess is None else lambda batch, key: preprocess(batch)
 
 
-def build_eval_step(dataset: Dataset, graphdef: Any) -> Step:
+def build_eval_step(dataset: Dataset, graphdef: Any, mesh: Mesh | None = None) -> Step:
     """The evaluation step, without label smoothing: ``step(state, sums, *batch) -> sums``."""
     kind, loss = kind_of(dataset), CrossEntropy(dataset.num_classes)
     step = make_eval_step(
@@ -70,6 +78,7 @@ def build_eval_step(dataset: Dataset, graphdef: Any) -> Step:
         loss=loss,
         metrics=kind.metrics_of(loss),
         preprocess=kind.evaluation(dataset),
+        mesh=mesh,
     )
     return step if isinstance(dataset.train, Streamed) else gather_on_device(step)
 

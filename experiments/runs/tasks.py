@@ -72,6 +72,8 @@ def load_dataset(config: RunConfig, *, any_data: bool = True) -> Dataset:
         raise UserError(f"{config.dataset} is text: this experiment takes images.")
     if not any_data and (config.stream != "auto" or config.workers is not None):
         raise UserError("stream and workers have no effect here: all images are held in memory.")
+    if not any_data and config.devices is not None:
+        raise UserError("devices has no effect here: gradients are measured on one device.")
     dataset = load(
         config.dataset,
         image_size=config.image_size,

@@ -36,6 +36,9 @@ _NOT_OF_A_DATASET = (
     "pretrain_seed",
     "log",
     "save_minutes",
+    "coordinator",
+    "processes",
+    "process",
 )
 _OPTIONS: dict[Axis, tuple[str, ...]] = {
     "model": _MODEL_OPTIONS,

@@ -21,12 +21,15 @@ class SplitModel(NamedTuple):
       others: everything else: batch statistics, random streams.
       inputs: ``batch -> input``, what of a batch the model is called with; a tuple is several
         arguments.
+      axes: of the mesh along which the batch is one of several shards, if it is; collective
+        operations take them (:func:`jax.lax.pmean`).
     """
 
     graphdef: Any
     params: Any
     others: Any
     inputs: Part = default_inputs
+    axes: Any = None
 
     @classmethod
     def of(cls, model: nnx.Module, inputs: Part = default_inputs) -> SplitModel:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from fqt_jax.batches import batch_size, take
+from fqt_jax.estimators.across import draw_across
 from fqt_jax.estimators.base import Gradients, SplitModel
 from fqt_jax.layer_types import quantized_layers
 from fqt_jax.losses import Loss
 from fqt_jax.norms import RowNorm
 from fqt_jax.pruning import draw
 from fqt_jax.rounding import seeds_from_key
+
+Scope = Literal["shard", "batch"]
+"""What one draw draws from on a mesh."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,17 +45,20 @@ class OneDraw:
       own input, batch norm apart. **Another layer that lets samples meet, such as one that takes a
       mean over the batch, cannot be told from the rest, and gives a wrong gradient.**
     - Each batch norm is an :class:`flax.nnx.BatchNorm` of one axis that is called once in a pass,
-      without a mask and within one device (no ``axis_name``). A subclass may change what it is
-      built with; one that computes something of its own is refused.
+      without a mask. A subclass may change what it is built with; one that computes something of
+      its own is refused.
     - Random layers such as dropout draw anew in the second pass, which costs no bias where there
       is no batch norm.
 
     Args:
       keep: fraction of the samples that is drawn, in (0, 1].
       floor: added to each norm, so that no weight exceeds ``n / k`` by much.
+      scope: what is drawn from on a mesh: each device's ``"shard"``, or the whole ``"batch"``,
+        which needs synchronized statistics and moves the drawn rows
+        (:func:`fqt_jax.estimators.across.draw_across`). On one device they are the same.
 
     Raises:
-      TypeError, ValueError: ``keep`` or ``floor`` is out of range.
+      TypeError, ValueError: ``keep``, ``floor`` or ``scope`` is out of range.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -66,6 +73,7 @@ class OneDraw:
 
     keep: float = 0.25
     floor: float = 0.14
+    scope: Scope = "shard"
 
     def __post_init__(self) -> None:
         for field in ("keep", "floor"):
@@ -76,6 +84,8 @@ class OneDraw:
             raise ValueError(f"keep must be in (0, 1]; got {self.keep}.")
         if not 0 <= self.floor < float("inf"):
             raise ValueError(f"floor must be a number from 0 on; got {self.floor}.")
+        if self.scope not in get_args(Scope):
+            raise ValueError(f"scope must be 'shard' or 'batch'; got {self.scope!r}.")
 
     def kept(self, n: int) -> int:
         """Number of rows drawn out of ``n``.
@@ -93,29 +103,37 @@ class OneDraw:
           ValueError: a batch norm or an output is not as it must be.
         """
         n = batch_size(batch)
-        k = self.kept(n)
+        is_across = self.scope == "batch" and model.axes is not None
 
         def keep_batch_statistics(module: Any) -> None:
             # With no momentum, the running statistics become those of this batch.
             for path, norm in _batch_norms(module):
                 RowNorm.check(norm, path)
+                if is_across and norm.axis_name is None:
+                    raise ValueError(
+                        "OneDraw(scope='batch') moves rows to other devices, which must normalize "
+                        "them alike: statistics must be synchronized."
+                    )
                 norm.momentum = 0.0
 
         def use_batch_statistics(module: Any) -> None:
             for _, norm in _batch_norms(module):
-                RowNorm.take_over(norm, drawn.weights * (k / n))
+                RowNorm.take_over(norm, weights * (len(weights) / n))
             for place in quantized_layers(module):
                 place.module.recipe = place.module.recipe.unpruned()
 
         outputs, of_batch = model.run(model.params, model.others, batch, keep_batch_statistics)
         (seed,) = seeds_from_key(key, 1)
         importance = _error_norms(loss, outputs, batch, n) + self.floor
-        drawn = draw(importance, k, "systematic", seed)
-        rows = take(batch, drawn.indices)
+        if is_across:
+            weights, rows = draw_across(importance, batch, self.kept, seed, model.axes)
+        else:
+            drawn = draw(importance, self.kept(n), "systematic", seed)
+            weights, rows = drawn.weights, take(batch, drawn.indices)
 
         def objective(params: Any) -> jax.Array:
             row_outputs, _ = model.run(params, of_batch, rows, use_batch_statistics)
-            return jnp.sum(drawn.weights * loss(row_outputs, rows)) / n
+            return jnp.sum(weights * loss(row_outputs, rows)) / n
 
         grads = jax.grad(objective)(model.params)
         return Gradients(grads, outputs, _averaged(model, of_batch))

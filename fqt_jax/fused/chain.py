@@ -32,10 +32,10 @@ import jax.numpy as jnp
 
 from fqt_jax import kernels
 from fqt_jax.fused.float_conv import float_conv
-from fqt_jax.fused.line import line_of, takes_moments, thresholds
+from fqt_jax.fused.gaps import GapGradient, encode, function_of, gap_gradient
 from fqt_jax.fused.parts import Chain, Gap, GapParams, Kept, Operands, Statistics
 from fqt_jax.fused.product import encode_weights, finish_weights, product_gradients
-from fqt_jax.kernels import Flow, Line, Moments
+from fqt_jax.kernels import Line
 from fqt_jax.sharding import vary, varying_axes, varying_together
 
 
@@ -88,25 +88,24 @@ def _run_fwd(
     nan_samples = None
     for i, gap in enumerate(chain.gaps):
         params, running = operands.params[i], operands.running[i]
-        moments = None
-        if takes_moments(gap, running):
-            rows = None if running is None else running.weights
-            kink = thresholds(gap, params, scale)
-            moments = kernels.moments(source, kink, rows, implementation=implementation)
-        line, of_batch = line_of(gap, params, scale, moments, running)
+        function, moments, of_batch = function_of(
+            gap, params, scale, source, running, implementation
+        )
         kept.moments.append(moments)
         kept.scales.append(scale if _has_gradient(chain, operands.params, i) else None)
         statistics.append(of_batch)
         if i == len(chain.links):
-            out = _output(chain, gap, source, line, nan_samples, operands.residual)
+            assert isinstance(function, Line)  # layer norm stands before a product
+            out = _output(chain, gap, source, function, nan_samples, operands.residual)
             return (out, statistics), kept
-        signs, clip, nan = kernels.encode(source, line, gap.pool, implementation=implementation)
+        signs, clip, nan = encode(gap, source, function, implementation)
         if i == 0:
             nan_samples = nan
         link = chain.links[i]
         w_signs, scale = encode_weights(link, operands.weights[i], implementation)
         # Signs would hide a NaN: it goes on as that of the scale.
-        scale = scale + jnp.where(jnp.isnan(sum(map(jnp.sum, line))), jnp.float32(jnp.nan), 0.0)
+        total = sum(map(jnp.sum, jax.tree.leaves(function)))
+        scale = scale + jnp.where(jnp.isnan(total), jnp.float32(jnp.nan), 0.0)
         source = kernels.forward(signs, w_signs, link.window, implementation=implementation)
         is_needed = _has_gradient(chain, operands.params, i + 1)
         kept.sums.append(source if is_needed else None)
@@ -203,47 +202,19 @@ def _gap_bwd(
     source: jax.Array,
     d: jax.Array,
     samples: jax.Array | None,
-) -> tuple[jax.Array, GapParams, jax.Array, tuple[jax.Array, jax.Array]]:
-    """Gradients of a gap's source, of its parameters and of the source's scale; and the bounds of
-    the first, for each sample and channel.
-    """
-    gap, running = chain.gaps[i], kept.operands.running[i]
-    implementation = chain.implementation
-
-    def line(params: GapParams, scale: jax.Array, moments: Moments | None) -> Line:
-        return line_of(gap, params, scale, moments, running)[0]
-
-    scale = kept.scales[i]
+) -> GapGradient:
+    scale, operands = kept.scales[i], kept.operands
     assert scale is not None
-    at, line_vjp = jax.vjp(line, kept.operands.params[i], scale, kept.moments[i])
-    d_params, d_scale, d_moments = line_vjp(
-        kernels.gradient_sums(source, at, gap.pool, d, samples, implementation=implementation)
-    )
-    rows = None if running is None else running.weights
-    g, lo, hi = kernels.gradient(
+    return gap_gradient(
+        chain.gaps[i],
+        operands.params[i],
+        scale,
         source,
-        at,
-        _flow(d_moments, source),
-        gap.pool,
+        operands.running[i],
+        kept.moments[i],
         d,
         samples,
-        rows if takes_moments(gap, running) else None,
-        implementation=implementation,
-    )
-    return g, d_params, d_scale, (lo, hi)
-
-
-def _flow(d_moments: Moments | None, source: jax.Array) -> Flow:
-    """Each moment is a mean over all entries of ``s``, or of ``s^2``, on one side."""
-    if d_moments is None:
-        no = jnp.zeros(source.shape[3], jnp.float32)
-        return Flow(no, no, no, no)
-    n = jnp.float32(source.size // source.shape[3])
-    return Flow(
-        2 * d_moments.square1 / n,
-        d_moments.mean1 / n,
-        2 * d_moments.square0 / n,
-        d_moments.mean0 / n,
+        chain.implementation,
     )
 
 

@@ -4,6 +4,10 @@ With ``y = scale s + bias``, a norm, and an activation ``act`` of two slopes, th
 ``act(gamma (y - mean) / deviation + beta)`` or, the other way round,
 ``gamma (act(y) - mean) / deviation + beta``. Both are linear on either side of one kink. A
 threshold of the signs moves and scales both lines alike.
+
+A layer norm takes its statistics of each position, so that the function is one of all channels
+there: a line before the norm, with scale, bias and the activation where that comes first, and one
+after it (:mod:`fqt_jax.kernels.normed`).
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import numpy as np
 from jax import lax
 
 from fqt_jax.fused.parts import Gap, GapParams, Running, Statistics
-from fqt_jax.kernels import Line, Moments
+from fqt_jax.kernels import Line, Moments, Normed
 from fqt_jax.norms import with_gradient_of
 
 _TINY = float(np.finfo(np.float32).tiny)
@@ -22,12 +26,12 @@ _TINY = float(np.finfo(np.float32).tiny)
 
 def kinks_before_norm(gap: Gap) -> bool:
     """Whether the activation comes first and a norm follows it."""
-    return gap.has_norm and gap.order == "act_norm"
+    return gap.norm is not None and gap.order == "act_norm"
 
 
 def takes_moments(gap: Gap, running: Running | None) -> bool:
-    """Whether the norm needs the moments of its source: for its statistics or their gradient."""
-    if not gap.has_norm:
+    """Whether a batch norm needs moments of its source, for statistics or their gradient."""
+    if gap.norm != "batch":
         return False
     return not gap.uses_running or (running is not None and running.weights is not None)
 
@@ -54,13 +58,55 @@ def line_of(
       moments: of the source, at :func:`thresholds`, where :func:`takes_moments`.
       running: the norm's statistics.
     """
-    params = GapParams(*(None if p is None else p.astype(jnp.float32) for p in params))
+    params = _in_float32(params)
     line, statistics = _activated(gap, params, scale, moments, running)
+    return _centred(line, params), statistics
+
+
+def normed_of(gap: Gap, params: GapParams, scale: jax.Array) -> Normed:
+    """The coefficients of a gap with a layer norm.
+
+    Args:
+      gap, params: the norm and the activation.
+      scale: of the integer sums, ``float32[C]``.
+    """
+    params = _in_float32(params)
+    one, zero = jnp.ones_like(scale), jnp.zeros_like(scale)
+    slope = _slope(gap, params)
+    bias = zero if params.bias is None else params.bias
+    gamma = one if params.gamma is None else params.gamma
+    beta = zero if params.beta is None else params.beta
+    is_first = gap.order == "act_norm"
+    before = _act(gap, scale, bias, slope if is_first else None)
+    after = _act(gap, gamma, beta, None if is_first else slope)
+    return Normed(before, _centred(after, params))
+
+
+def _in_float32(params: GapParams) -> GapParams:
+    return GapParams(*(None if p is None else p.astype(jnp.float32) for p in params))
+
+
+def _slope(gap: Gap, params: GapParams) -> jax.Array | None:
+    """Of the activation where its input is negative; ``None`` where there is none."""
+    if gap.slope == 1:
+        return None
+    return params.slope if gap.slope is None else jnp.float32(gap.slope)
+
+
+def _act(gap: Gap, factor: jax.Array, offset: jax.Array, slope: jax.Array | None) -> Line:
+    """``factor s + offset``, and the activation of it where there is a slope."""
+    if slope is not None:
+        return _kinked(gap, factor, offset, slope)
+    return Line(jnp.ones_like(factor), jnp.zeros_like(factor), factor, offset, factor, offset)
+
+
+def _centred(line: Line, params: GapParams) -> Line:
+    """What the signs are of, where there is a threshold."""
     if params.threshold is None or params.spread is None:
-        return line, statistics
+        return line
     factor = 1 / params.spread
     q1, q0 = ((q - params.threshold) * factor for q in (line.q1, line.q0))
-    return line._replace(p1=line.p1 * factor, q1=q1, p0=line.p0 * factor, q0=q0), statistics
+    return line._replace(p1=line.p1 * factor, q1=q1, p0=line.p0 * factor, q0=q0)
 
 
 def _activated(
@@ -72,25 +118,18 @@ def _activated(
 ) -> tuple[Line, Statistics | None]:
     """The function of norm and activation alone."""
     one, zero = jnp.ones_like(scale), jnp.zeros_like(scale)
-    slope = params.slope if gap.slope is None else jnp.float32(gap.slope)
-    assert slope is not None
-    acts = gap.slope != 1
+    slope = _slope(gap, params)
     bias = params.bias
-    if not gap.has_norm:
-        offset = zero if bias is None else bias
-        if not acts:
-            return Line(one, zero, scale, offset, scale, offset), None
-        return _kinked(gap, scale, offset, slope), None
+    if gap.norm is None:
+        return _act(gap, scale, zero if bias is None else bias, slope), None
     assert running is not None
-    if not kinks_before_norm(gap) or not acts:
+    if not kinks_before_norm(gap) or slope is None:
         mean, var, statistics = _statistics(gap, scale, scale, None, None, moments, running, bias)
         factor = (one if params.gamma is None else params.gamma) * lax.rsqrt(
             var + jnp.float32(gap.epsilon)
         )
         offset = (zero if params.beta is None else params.beta) - factor * mean
-        if not acts:
-            return Line(one, zero, factor * scale, offset, factor * scale, offset), statistics
-        return _kinked(gap, factor * scale, offset, slope), statistics
+        return _act(gap, factor * scale, offset, slope), statistics
     up, down = scale, slope * scale
     up_offset, down_offset = (None, None) if bias is None else (bias, slope * bias)
     mean, var, statistics = _statistics(

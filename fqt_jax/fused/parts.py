@@ -11,6 +11,7 @@ from fqt_jax.kernels.contract import Window
 from fqt_jax.recipe import Recipe
 
 Order = Literal["norm_act", "act_norm"]
+Norm = Literal["batch", "layer"]
 
 
 class Gap(NamedTuple):
@@ -18,22 +19,25 @@ class Gap(NamedTuple):
     either way round, then max-pooling over windows that do not overlap. Static.
 
     Attributes:
-      has_norm: whether there is a batch norm.
+      norm: batch norm, over samples and positions, or layer norm, over the channels of a position;
+        ``None`` for none. Layer norm stands before products alone, and there is no pooling with it.
       order: which of norm and activation comes first.
       pool: size of the pooling windows; a remainder is left out.
       slope: of the activation where its input is negative; 1 for none, ``None`` for a parameter.
       zero_is_below: whether the slope at zero is that of negative numbers, as for ReLU.
       epsilon: of the norm.
-      uses_running: whether the norm takes its running statistics, not those of the batch.
+      uses_running: whether batch norm takes its running statistics, not those of the batch.
+      axes: of the mesh over whose devices batch norm takes its statistics; ``None`` for one's own.
     """
 
-    has_norm: bool = False
+    norm: Norm | None = None
     order: Order = "norm_act"
     pool: int = 1
     slope: float | None = 1.0
     zero_is_below: bool = False
     epsilon: float = 0.0
     uses_running: bool = False
+    axes: str | tuple[str, ...] | None = None
 
 
 class GapParams(NamedTuple):
@@ -56,7 +60,7 @@ class GapParams(NamedTuple):
 
 
 class Running(NamedTuple):
-    """Statistics that a norm holds.
+    """Statistics that a batch norm holds.
 
     Attributes:
       mean, var: ``[C]``.
@@ -132,7 +136,7 @@ class Kept(NamedTuple):
       signs, clips: of the input of each product; ``clips`` where the recipe cuts gradients off.
       w_signs: of the weights of each product.
       scales: of the input of each gap that does anything to a gradient.
-      moments: of the input of each gap whose norm takes statistics of it.
+      moments: of the input of each gap whose batch norm takes statistics of it.
     """
 
     operands: Operands

@@ -14,7 +14,7 @@ from fqt_jax.layers import QuantConv, QuantLayer, QuantLinear
 from fqt_jax.norms import RowNorm
 from fqt_jax.pooling import max_pool
 
-Kind = Literal["product", "float product", "norm", "act", "pool", "other"]
+Kind = Literal["product", "float product", "batch norm", "layer norm", "act", "pool", "other"]
 
 
 class Part(NamedTuple):
@@ -156,7 +156,10 @@ def recognize(layer: Any) -> Part:
         return Part(layer, "product" if layer.recipe.binary else "float product")
     if isinstance(layer, nnx.BatchNorm):
         why = _why_not_norm(layer)
-        return Part(layer, "other", why) if why else Part(layer, "norm")
+        return Part(layer, "other", why) if why else Part(layer, "batch norm")
+    if isinstance(layer, nnx.LayerNorm):
+        why = _why_not_layer_norm(layer)
+        return Part(layer, "other", why) if why else Part(layer, "layer norm")
     if type(layer) is nnx.PReLU or slope_of(layer) is not None:
         return Part(layer, "act")
     if pool_size(layer) is not None:
@@ -167,10 +170,22 @@ def recognize(layer: Any) -> Part:
 def _why_not_norm(norm: nnx.BatchNorm) -> str:
     if type(norm) not in (nnx.BatchNorm, RowNorm):
         return f"{type(norm).__name__} is a subclass of BatchNorm with behaviour of its own"
-    if norm.axis_name is not None:
-        return "its statistics are of several devices"
+    if norm.axis_index_groups is not None:
+        return "its statistics are of groups of devices"
     if norm.axis != -1:
         return "it does not normalize the last axis"
+    if norm.dtype not in (None, jnp.float32):
+        return f"it computes in {jnp.dtype(norm.dtype).name}"
+    return ""
+
+
+def _why_not_layer_norm(norm: nnx.LayerNorm) -> str:
+    if type(norm) is not nnx.LayerNorm:
+        return f"{type(norm).__name__} is a subclass of LayerNorm with behaviour of its own"
+    if norm.axis_name is not None:
+        return "its statistics are of several devices"
+    if any(axes not in (-1, (-1,), [-1]) for axes in (norm.reduction_axes, norm.feature_axes)):
+        return "it does not normalize the last axis alone"
     if norm.dtype not in (None, jnp.float32):
         return f"it computes in {jnp.dtype(norm.dtype).name}"
     return ""
@@ -268,10 +283,19 @@ def _go_together(one: Any, other: Any) -> bool:
 def _read_gap(parts: Sequence[Part], start: int, pools: bool) -> GapParts:
     found: dict[str, int] = {}
     for place in range(start, len(parts)):
-        kind = parts[place].kind
-        if kind not in ("norm", "act", "pool") or kind in found or "pool" in found:
+        kind = _GAP_KINDS.get(parts[place].kind)
+        if kind is None or kind in found or "pool" in found:
             break
         if kind == "pool" and not pools:
             break
         found[kind] = place
+    norm = found.get("norm")
+    if norm is not None and parts[norm].kind == "layer norm":
+        # Its statistics are those of a position, which only the signs after it are made with.
+        after = start + len(found)
+        if "pool" in found or after == len(parts) or parts[after].kind != "product":
+            found = {kind: place for kind, place in found.items() if place < norm}
     return GapParts(**found)
+
+
+_GAP_KINDS = {"batch norm": "norm", "layer norm": "norm", "act": "act", "pool": "pool"}

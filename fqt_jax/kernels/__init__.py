@@ -10,12 +10,15 @@ gradient of the output (:class:`~fqt_jax.kernels.contract.Rounding`):
 ===============  ====================  =============================
 
 A dense layer is a convolution of one position with a 1x1 window. What stands between two products
-is :mod:`fqt_jax.kernels.transforms`; what stays float, :mod:`fqt_jax.kernels.floats`. Each is
+is :mod:`fqt_jax.kernels.transforms`, or :mod:`fqt_jax.kernels.normed` with a layer norm; what stays
+float, :mod:`fqt_jax.kernels.floats` and :mod:`fqt_jax.kernels.attention`. Each is
 served by several implementations (:mod:`fqt_jax.kernels.dispatch`), of which ``xla`` has all. They
 agree exactly on codes and integer sums, and to a few ulp on float results.
 """
 
 from fqt_jax.kernels import native, packed, pallas, xla
+from fqt_jax.kernels.attention import attention as attention
+from fqt_jax.kernels.attention import attention_grad as attention_grad
 from fqt_jax.kernels.contract import Rounding as Rounding
 from fqt_jax.kernels.contract import UnsupportedError as UnsupportedError
 from fqt_jax.kernels.contract import Window as Window
@@ -26,6 +29,9 @@ from fqt_jax.kernels.floats import adam as adam
 from fqt_jax.kernels.floats import float_conv as float_conv
 from fqt_jax.kernels.floats import float_conv_input_grad as float_conv_input_grad
 from fqt_jax.kernels.floats import float_conv_weight_grad as float_conv_weight_grad
+from fqt_jax.kernels.normed import Normed as Normed
+from fqt_jax.kernels.normed import encode_normed as encode_normed
+from fqt_jax.kernels.normed import gradient_normed as gradient_normed
 from fqt_jax.kernels.products import forward as forward
 from fqt_jax.kernels.products import input_grad as input_grad
 from fqt_jax.kernels.products import weight_grad as weight_grad

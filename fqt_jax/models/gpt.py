@@ -48,10 +48,10 @@ class GPT(nnx.Module):
       (2, 8, 50)
       >>> for layer in fqt.quantize(model, fqt.QAT, example=tokens).table:
       ...     print(layer.path, layer.recipe.binary)
-      blocks/0/attention/qkv True
-      blocks/0/attention/out True
-      blocks/0/up True
-      blocks/0/down True
+      blocks/0/attention/qkv/layers/1 True
+      blocks/0/attention/out/layers/1 True
+      blocks/0/feed_forward/layers/1 True
+      blocks/0/feed_forward/layers/4 True
       head False
     """
 

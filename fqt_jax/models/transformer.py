@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fqt_jax.attention import self_attention
+from fqt_jax.sequential import Sequential
+
 HEAD_FEATURES = 32
 """The most features of an attention head."""
 
@@ -15,7 +18,8 @@ class Block(nnx.Module):
 
     Each of the four products sees normalized input, which centres its signs: those of queries,
     keys and values, and the first of the feed-forward layer, as in any block with norms in front;
-    the attention's output and the feed-forward layer's second by norms of their own.
+    the attention's output and the feed-forward layer's second by norms of their own. So each stands
+    in a sequence behind its norm.
 
     Args:
       features: width, an even number; heads have at most 32 each.
@@ -28,23 +32,23 @@ class Block(nnx.Module):
     def __init__(
         self, features: int, *, causal: bool = False, rotary: bool = False, rngs: nnx.Rngs
     ):
-        self.attention_norm = nnx.LayerNorm(features, rngs=rngs)
         self.attention = Attention(features, causal=causal, rotary=rotary, rngs=rngs)
-        self.up_norm = nnx.LayerNorm(features, rngs=rngs)
-        self.up = nnx.Linear(features, 4 * features, rngs=rngs)
-        self.act = nnx.PReLU(0.25)
-        self.down_norm = nnx.LayerNorm(4 * features, rngs=rngs)
-        self.down = nnx.Linear(4 * features, features, rngs=rngs)
+        self.feed_forward = Sequential(
+            nnx.LayerNorm(features, rngs=rngs),
+            nnx.Linear(features, 4 * features, rngs=rngs),
+            nnx.PReLU(0.25),
+            nnx.LayerNorm(4 * features, rngs=rngs),
+            nnx.Linear(4 * features, features, rngs=rngs),
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps ``[N, T, C]`` to ``[N, T, C]``."""
-        x = x + self.attention(self.attention_norm(x))
-        hidden = self.act(self.up(self.up_norm(x)))
-        return x + self.down(self.down_norm(hidden))
+        x = self.attention(x)
+        return self.feed_forward(x, residual=x)
 
 
 class Attention(nnx.Module):
-    """Self-attention of several heads; what they give is normalized before the output product.
+    """Self-attention of several heads, with norms before both products and a shortcut past it.
 
     Args:
       features, causal, rotary, rngs: as for :class:`Block`.
@@ -64,19 +68,22 @@ class Attention(nnx.Module):
             if features % (2 * n) == 0  # an even number of features each
         )
         self.causal, self.rotary = causal, rotary
-        self.qkv = nnx.Linear(features, 3 * features, rngs=rngs)
-        self.norm = nnx.LayerNorm(features, rngs=rngs)
-        self.out = nnx.Linear(features, features, rngs=rngs)
+        self.qkv = Sequential(
+            nnx.LayerNorm(features, rngs=rngs), nnx.Linear(features, 3 * features, rngs=rngs)
+        )
+        self.out = Sequential(
+            nnx.LayerNorm(features, rngs=rngs), nnx.Linear(features, features, rngs=rngs)
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps ``[N, T, C]`` to ``[N, T, C]``."""
         n, length, features = x.shape
         heads = self.qkv(x).reshape(n, length, 3, self.heads, features // self.heads)
-        q, k, v = heads[:, :, 0], heads[:, :, 1], heads[:, :, 2]
         if self.rotary:
-            q, k = turned(q), turned(k)
-        y = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.out(self.norm(y.reshape(x.shape)))
+            q, k, v = heads[:, :, 0], heads[:, :, 1], heads[:, :, 2]
+            heads = jnp.stack([turned(q), turned(k), v], axis=2)
+        y = self_attention(heads, is_causal=self.causal)
+        return self.out(y.reshape(x.shape), residual=x)
 
 
 def turned(x: jax.Array) -> jax.Array:

@@ -106,6 +106,9 @@ CASES: list[tuple[str, str]] = [
     ("tables --datasets pydoc:from_scratch --models lstm", "goes with none of lstm"),
     ("predict a.safetensors photos/a/0.png --prompt for", "give either images, or a --prompt"),
     ("speed --model lstm", "unknown model 'lstm'"),
+    ("speed --model gpt_small --image-size 64", "image_size has no effect on gpt_small"),
+    ("speed --length 64", "length has no effect on vgg16"),
+    ("speed --model vit_small --image-size 30", "image_size must be a multiple of 4"),
     # Patterns and files
     ("finetune --from-scratch --freeze head[", "freeze"),
     ("finetune --from-scratch --freeze tail.*", "freeze"),

@@ -105,7 +105,12 @@ def test_epoch_order_takes_distinct_examples(n, batch_size, seed, epoch):
 
 def test_batches_are_laid_out_by_label_and_otherwise_the_same():
     labels = np.arange(50) * 7 % 4
+    pieces = epoch_order(50, 12, seed=3, epoch=1, labels=labels, pieces=4).reshape(-1, 4, 3)
+    assert (np.diff(labels[pieces], axis=2) >= 0).all()
     plain = epoch_order(50, 12, seed=3, epoch=1)
+    np.testing.assert_array_equal(np.sort(pieces.reshape(-1, 12)), np.sort(plain))
+    counts = [[np.bincount(labels[piece], minlength=9) for piece in batch] for batch in pieces]
+    assert np.ptp(counts, axis=1).max() <= 1  # of every label, each has its share
     laid_out = epoch_order(50, 12, seed=3, epoch=1, labels=labels)
     assert laid_out.dtype == np.int32
     for before, after in zip(plain, laid_out, strict=True):

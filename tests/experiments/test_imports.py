@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-SHARED = {"cli", "process"}
+SHARED = {"cli", "distributed", "process"}
 MAY_IMPORT = {
     "show": set(),
     "data": SHARED,

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from fqt_jax import PackedBits, Selection, kernels
-from fqt_jax.kernels import Flow, Line, Rounding, Window, dispatch
+from fqt_jax.kernels import Flow, Line, Normed, Rounding, Window, dispatch
 
 SAME = Window((3, 3), (1, 1), ((1, 1), (1, 1)))
 N, SIZE, C, O = 3, (4, 5), 3, 5  # noqa: E741
 POOL = 2
+EPSILON = 1e-5
 
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "forward": lambda x, w, **to: kernels.forward(x, w, SAME, **to),
@@ -29,6 +30,10 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "gradient": lambda s, line, flow, *more, **to: kernels.gradient(
         s, line, flow, POOL, *more, **to
     ),
+    "encode_normed": lambda s, normed, **to: kernels.encode_normed(s, normed, EPSILON, **to),
+    "gradient_normed": lambda s, normed, *more, **to: kernels.gradient_normed(
+        s, normed, EPSILON, *more, **to
+    ),
     "encode_weights": kernels.encode_weights,
     "finish_weight_grad": lambda *of, **to: kernels.finish_weight_grad(*of, clip=True, **to),
     "float_conv": lambda x, w, **to: kernels.float_conv(x, w, SAME, **to),
@@ -37,6 +42,10 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     ),
     "float_conv_weight_grad": lambda x, g, **to: kernels.float_conv_weight_grad(x, g, SAME, **to),
     "adam": kernels.adam,
+    "attention": lambda qkv, **to: kernels.attention(qkv, 0.5, is_causal=True, **to),
+    "attention_grad": lambda qkv, dy, **to: kernels.attention_grad(
+        qkv, dy, 0.5, is_causal=True, **to
+    ),
 }
 """Functions of an operation's operands, and of ``implementation``."""
 
@@ -99,10 +108,19 @@ def operands(operation: str, seed: int = 0) -> tuple[Any, ...]:
         "activate": (source, line, normal(N), normal(N, *pooled)),
         "gradient_sums": (source, line, d, samples),
         "gradient": (source, line, flow, d, samples, weights),
+        "encode_normed": (source, Normed(line, Line(*normal(6, C)))),
+        "gradient_normed": (
+            source,
+            Normed(line, Line(*normal(6, C))),
+            normal(2, *SIZE, C),
+            samples,
+        ),
         "encode_weights": (float_w,),
         "finish_weight_grad": (normal(3, 3, C, O), float_w, normal(O)),
         "float_conv": (float_x, float_w),
         "float_conv_input_grad": (g, float_w),
         "float_conv_weight_grad": (float_x, g),
+        "attention": (normal(2, 4, 3, 2, 5),),
+        "attention_grad": (normal(2, 4, 3, 2, 5), normal(2, 4, 2, 5)),
         "adam": (normal(4, 5), normal(4, 5), jnp.abs(normal(4, 5)), factors),
     }[operation]

@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "attention.h"
 #include "buffer.h"
 #include "float_conv.h"
 #include "geometry.h"

@@ -53,6 +53,19 @@ const float* sample_weights(const Floats& weights, const Shape& shape) {
   return of_samples(weights, shape, "weights must have one for each sample");
 }
 
+// The bounds of a gradient: null where there is one position, whose bounds it is itself.
+struct Bounds {
+  float *lo, *hi;
+};
+
+Bounds make_bounds(const FloatsOut& lo, const FloatsOut& hi, const Shape& shape) {
+  const bool has_one = shape.h == 1 && shape.w == 1;
+  const int64_t rows = has_one ? 0 : shape.n;
+  require(has_shape(lo.shape, {rows, shape.c}) && has_shape(hi.shape, {rows, shape.c}),
+          "the bounds have the wrong shape");
+  return has_one ? Bounds{nullptr, nullptr} : Bounds{lo.data, hi.data};
+}
+
 ffi::Future moments(ffi::ThreadPool pool, ffi::AnyBuffer s, Floats thresholds, Floats weights,
                     FloatsOut out) {
   const Shape shape = source_shape(s);
@@ -114,14 +127,54 @@ ffi::Future gradient(ffi::ThreadPool pool, ffi::AnyBuffer s, Floats coefficients
   const Kept samples = make_indices(selects_samples, indices, shape.n);
   require(is_pooled(d.shape, t, samples.count), "the gradient has the wrong shape");
   require(has_shape(g.shape, s.dimensions()), "g has the wrong shape");
-  require(has_shape(lo.shape, {shape.n, shape.c}) && has_shape(hi.shape, {shape.n, shape.c}),
-          "the bounds have the wrong shape");
+  const auto [least, most] = make_bounds(lo, hi, shape);
   const float* of_sample = sample_weights(weights, shape);
   if (is_empty(s.dimensions())) return done();
-  const GradientArgs args{t, d.data, samples, of_sample, to_write(g), lo.data, hi.data};
+  const GradientArgs args{t, d.data, samples, of_sample, to_write(g), least, most};
   return run_job(make_job(current_isa(), args), pool, pass_threads(pool, size_of(shape)));
 }
 FQT_KERNEL(gradient)
+
+NormedArgs make_normed(const ffi::AnyBuffer& s, const Floats& before, const Floats& after,
+                       float epsilon) {
+  const Shape shape = source_shape(s);
+  require(has_shape(before.shape, {kForwardRows, shape.c}) &&
+              has_shape(after.shape, {kForwardRows, shape.c}),
+          "the coefficients have the wrong shape");
+  require(epsilon >= 0.0f, "epsilon must not be negative");
+  return {shape, s.untyped_data(), source_type(s), before.data, after.data, epsilon};
+}
+
+ffi::Future encode_normed(ffi::ThreadPool pool, ffi::AnyBuffer s, Floats before, Floats after,
+                          WordsOut signs, WordsOut clip, FloatsOut nan, Epsilon epsilon) {
+  const NormedArgs normed = make_normed(s, before, after, epsilon);
+  const Shape& shape = normed.shape;
+  const int64_t words = words_for(shape.h * shape.w * shape.c);
+  require(has_shape(signs.shape, {shape.n, words}) && has_shape(clip.shape, {shape.n, words}),
+          "the words have the wrong shape");
+  require(has_shape(nan.shape, {shape.n}), "nan has the wrong shape");
+  if (is_empty(s.dimensions())) return zeros(nan);
+  const EncodeNormedArgs args{normed, to_write(signs), to_write(clip), words, nan.data};
+  return run_job(make_job(current_isa(), args), pool, pass_threads(pool, size_of(shape)));
+}
+FQT_KERNEL(encode_normed)
+
+ffi::Future gradient_normed(ffi::ThreadPool pool, ffi::AnyBuffer s, Floats before, Floats after,
+                            Floats d, Ints indices, FloatsOut g, FloatsOut lo, FloatsOut hi,
+                            FloatsOut sums, Epsilon epsilon, SelectsSamples selects_samples) {
+  const NormedArgs normed = make_normed(s, before, after, epsilon);
+  const Shape& shape = normed.shape;
+  const Kept samples = make_indices(selects_samples, indices, shape.n);
+  require(has_shape(d.shape, {samples.count, shape.h, shape.w, shape.c}),
+          "the gradient has the wrong shape");
+  require(has_shape(g.shape, s.dimensions()), "g has the wrong shape");
+  require(has_shape(sums.shape, {8, shape.c}), "the sums have the wrong shape");
+  const auto [least, most] = make_bounds(lo, hi, shape);
+  if (is_empty(s.dimensions())) return zeros(sums);
+  const GradientNormedArgs args{normed, d.data, samples, to_write(g), least, most, sums.data};
+  return run_job(make_job(current_isa(), args), pool, pass_threads(pool, size_of(shape)));
+}
+FQT_KERNEL(gradient_normed)
 
 }  // namespace
 }  // namespace fqt

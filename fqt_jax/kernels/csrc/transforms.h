@@ -1,5 +1,5 @@
-// Arguments of what stands between two products; see moments.inc, transform.inc and
-// transform_grad.inc.
+// Arguments of what stands between two products; see moments.inc, transform.inc,
+// transform_grad.inc and normed.inc.
 #pragma once
 
 #include <algorithm>
@@ -76,8 +76,36 @@ struct GradientArgs {
   Kept samples;
   const float* weights;  // of the moments
   float* g;              // [n, h, w, c]
-  float *lo, *hi;        // [n, c]
+  float *lo, *hi;        // [n, c]; null where there is one position: they are g
 };
 FQT_JOB(GradientArgs)
+
+// A norm over channels between two functions of the form above; see normed.inc. `before` and `after`
+// are rows of c floats: S, T, P1, Q1, P0, Q0.
+struct NormedArgs {
+  Shape shape;
+  const void* s;
+  SourceType type;
+  const float *before, *after;
+  float epsilon;
+};
+
+struct EncodeNormedArgs {
+  NormedArgs normed;
+  uint32_t *signs, *clip;  // [n, row_words]
+  int64_t row_words;
+  float* nan;  // [n]
+};
+FQT_JOB(EncodeNormedArgs)
+
+struct GradientNormedArgs {
+  NormedArgs normed;
+  const float* d;  // [samples.count, h, w, c]
+  Kept samples;
+  float* g;        // [n, h, w, c]
+  float *lo, *hi;  // [n, c]; null where there is one position: they are g
+  float* sums;     // [8, c]
+};
+FQT_JOB(GradientNormedArgs)
 
 }  // namespace fqt

@@ -13,6 +13,7 @@ from fqt_jax.binarize import WORD_BITS, PackedBits
 from fqt_jax.kernels.contract import Pair, Rounding, Window, sum_dtype
 from fqt_jax.kernels.dispatch import Kernel
 from fqt_jax.kernels.native.library import call
+from fqt_jax.kernels.normed import Normed
 from fqt_jax.kernels.scaling import (
     declines_input_grad,
     declines_samplewise_weight_grad,
@@ -229,10 +230,9 @@ def _gradient(
     pool: int,
     platform: str,
 ) -> Any:
-    n, _, _, c = source.shape
-    bounds = jax.ShapeDtypeStruct((n, c), jnp.float32)
+    bounds = _bounds_type(source.shape)
     rows = (*line, line.p1, flow.h1, flow.k1, line.p0, flow.h0, flow.k0)
-    return call(
+    g, lo, hi = call(
         "gradient",
         (jax.ShapeDtypeStruct(source.shape, jnp.float32), bounds, bounds),
         source,
@@ -243,6 +243,59 @@ def _gradient(
         pool=np.int64(pool),
         selects_samples=samples is not None,
     )
+    return g, *_bounds(g, lo, hi)
+
+
+def _bounds_type(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    """Of a gradient's bounds; none are asked for where there is one position: they are itself."""
+    n, h, w, c = shape
+    return jax.ShapeDtypeStruct((0 if h == w == 1 else n, c), jnp.float32)
+
+
+def _bounds(g: jax.Array, lo: jax.Array, hi: jax.Array) -> tuple[jax.Array, jax.Array]:
+    n, h, w, c = g.shape
+    if not h == w == 1:
+        return lo, hi
+    itself = g.reshape(n, c)
+    return itself, itself
+
+
+def _encode_normed(
+    source: jax.Array, normed: Normed, *, epsilon: float, platform: str
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    n, *shape = source.shape
+    words = jax.ShapeDtypeStruct((n, -(-math.prod(shape) // WORD_BITS)), jnp.uint32)
+    nan = jax.ShapeDtypeStruct((n,), jnp.float32)
+    lines = map(jnp.stack, normed)
+    return call("encode_normed", (words, words, nan), source, *lines, epsilon=np.float32(epsilon))
+
+
+def _gradient_normed(
+    source: jax.Array,
+    normed: Normed,
+    d: jax.Array,
+    samples: jax.Array | None,
+    *,
+    epsilon: float,
+    platform: str,
+) -> Any:
+    bounds = _bounds_type(source.shape)
+    g, lo, hi, sums = call(
+        "gradient_normed",
+        (
+            jax.ShapeDtypeStruct(source.shape, jnp.float32),
+            bounds,
+            bounds,
+            jax.ShapeDtypeStruct((8, source.shape[3]), jnp.float32),
+        ),
+        source,
+        *map(jnp.stack, normed),
+        d,
+        _or_none(samples, jnp.int32),
+        epsilon=np.float32(epsilon),
+        selects_samples=samples is not None,
+    )
+    return g, *_bounds(g, lo, hi), sums
 
 
 def _encode_weights(w: jax.Array, *, platform: str) -> tuple[jax.Array, jax.Array]:
@@ -299,6 +352,23 @@ def _declines_adam(g: jax.Array, m: jax.Array, v: jax.Array, factors: jax.Array)
     return _declines_other_than_float32(g, m, v) or _declines_empty(g)
 
 
+def _attention(qkv: jax.Array, *, scale: float, is_causal: bool, platform: str) -> jax.Array:
+    n, length, _, heads, d = qkv.shape
+    out = jax.ShapeDtypeStruct((n, length, heads, d), jnp.float32)
+    return call("attention", out, qkv, scale=np.float32(scale), is_causal=is_causal)
+
+
+def _attention_grad(
+    qkv: jax.Array, dy: jax.Array, *, scale: float, is_causal: bool, platform: str
+) -> jax.Array:
+    out = jax.ShapeDtypeStruct(qkv.shape, jnp.float32)
+    return call("attention_grad", out, qkv, dy, scale=np.float32(scale), is_causal=is_causal)
+
+
+def _declines_attention(*operands: jax.Array, **_: Any) -> str | None:
+    return _declines_other_than_float32(*operands) or _declines_empty(*operands)
+
+
 def _declines_other_than_float32(*operands: jax.Array) -> str | None:
     found = {a.dtype.name for a in operands} - {"float32"}
     return f"operands are {', '.join(sorted(found))}, not float32" if found else None
@@ -351,11 +421,15 @@ KERNELS = {
             ("activate", _activate, _declines_empty),
             ("gradient_sums", _gradient_sums, _declines_empty),
             ("gradient", _gradient, _declines_empty),
+            ("encode_normed", _encode_normed, _declines_empty),
+            ("gradient_normed", _gradient_normed, _declines_empty),
             ("encode_weights", _encode_weights, _declines_empty),
             ("finish_weight_grad", _finish_weight_grad, _declines_empty),
             ("float_conv", _float_conv, _declines_float_conv),
             ("float_conv_weight_grad", _float_conv_weight_grad, _declines_float_conv),
             ("adam", _adam, _declines_adam),
+            ("attention", _attention, _declines_attention),
+            ("attention_grad", _attention_grad, _declines_attention),
         )
     },
 }

@@ -22,9 +22,9 @@ def moments(
     s = source.astype(jnp.float32)
     rows = [jnp.ones_like(s), s, s * s]
     if weights is not None:
-        rows = [row * weights.reshape(-1, 1, 1, 1) for row in rows]
-    up = _is_up(s, *thresholds)
-    sides = [jnp.where(side, row, jnp.float32(0)) for side in (up, ~up) for row in rows]
+        rows = [each * weights.reshape(-1, 1, 1, 1) for each in rows]
+    up = is_up(s, *thresholds)
+    sides = [jnp.where(side, each, jnp.float32(0)) for side in (up, ~up) for each in rows]
     # Sample by sample: the sum of all squares at once would lose digits.
     return tuple(jnp.mean(jnp.mean(side, (1, 2)), 0) for side in sides)
 
@@ -69,7 +69,7 @@ def gradient_sums(
     if samples is not None:
         source = jnp.take(source, samples, axis=0, mode="clip")
     s = source.astype(jnp.float32)
-    up = _is_up(s, line.s, line.t)
+    up = is_up(s, line.s, line.t)
     d = _spread(_evaluated(source, line), d, pool)
     sides = (jnp.where(side, d, jnp.float32(0)) for side in (up, ~up))
     return tuple(jnp.sum(jnp.sum(part, (1, 2)), 0) for side in sides for part in (side, side * s))
@@ -92,10 +92,10 @@ def gradient(
         d = full.at[samples].set(d, unique_indices=True, mode="drop")
     s = source.astype(jnp.float32)
     d = _spread(_evaluated(source, line), d, pool)
-    h1, k1, h0, k0 = ((row if weights is None else _outer(weights, row)) for row in flow)
-    up = _is_up(s, line.s, line.t)
-    g = jnp.where(up, _row(line.p1) * d + (_row(h1) * s + _row(k1)), 0.0)
-    g = jnp.where(up, g, _row(line.p0) * d + (_row(h0) * s + _row(k0)))
+    h1, k1, h0, k0 = ((each if weights is None else _outer(weights, each)) for each in flow)
+    up = is_up(s, line.s, line.t)
+    g = jnp.where(up, row(line.p1) * d + (row(h1) * s + row(k1)), 0.0)
+    g = jnp.where(up, g, row(line.p0) * d + (row(h0) * s + row(k0)))
     return g, jnp.min(g, (1, 2)), jnp.max(g, (1, 2))
 
 
@@ -121,25 +121,31 @@ def evaluated(source: jax.Array, line: Line, pool: int) -> jax.Array:
     return _pooled(_evaluated(source, line), pool)
 
 
-def _row(row: jax.Array) -> jax.Array:
+def row(values: jax.Array) -> jax.Array:
     """``[C]`` or ``[N, C]`` along the channels of a source."""
-    return row.reshape((1,) * (2 - row.ndim) + (*row.shape[:-1], 1, 1, row.shape[-1]))
+    lead = (1,) * (2 - values.ndim)
+    return values.reshape(*lead, *values.shape[:-1], 1, 1, values.shape[-1])
 
 
-def _outer(weights: jax.Array, row: jax.Array) -> jax.Array:
-    return weights.reshape(-1, 1) * row.reshape(1, -1)
+def _outer(weights: jax.Array, values: jax.Array) -> jax.Array:
+    return weights.reshape(-1, 1) * values.reshape(1, -1)
 
 
-def _is_up(s: jax.Array, slope: jax.Array, offset: jax.Array) -> jax.Array:
-    return _row(slope) * s + _row(offset) >= 0
+def is_up(s: jax.Array, slope: jax.Array, offset: jax.Array) -> jax.Array:
+    """Where an entry lies above the kink."""
+    return row(slope) * s + row(offset) >= 0
+
+
+def line_at(s: jax.Array, line: Line) -> jax.Array:
+    """The function at ``float32[N, H, W, C]``."""
+    up = row(line.p1) * s + row(line.q1)
+    down = row(line.p0) * s + row(line.q0)
+    return jnp.where(is_up(s, line.s, line.t), up, down)
 
 
 def _evaluated(source: jax.Array, line: Line) -> jax.Array:
     """``t`` before pooling."""
-    s = source.astype(jnp.float32)
-    up = _row(line.p1) * s + _row(line.q1)
-    down = _row(line.p0) * s + _row(line.q0)
-    return jnp.where(_is_up(s, line.s, line.t), up, down)
+    return line_at(source.astype(jnp.float32), line)
 
 
 def _windows(t: jax.Array, pool: int) -> jax.Array:

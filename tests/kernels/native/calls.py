@@ -276,12 +276,36 @@ def gradient(rng: Random, shape: Shape) -> Call:
     n, c = shape[0], shape[3]
     d, indices = _kept_gradient(rng, shape, pool, selects)
     weights = floats(rng, n if rng.integers(0, 2) else 0)
-    bound = ((n, c), np.float32)
     return Call(
         "gradient",
         [source(rng, shape), floats(rng, 12, c), d, indices, weights],
-        [(shape, np.float32), bound, bound],
+        [(shape, np.float32), *_bounds(shape)],
         {"pool": np.int64(pool), "selects_samples": selects},
+    )
+
+
+def _bounds(shape: Shape) -> list[tuple[Shape, Any]]:
+    """Those of one position are the gradient itself, and are not asked for."""
+    n, h, w, c = shape
+    return [((0 if h == w == 1 else n, c), np.float32)] * 2
+
+
+def encode_normed(rng: Random, shape: Shape) -> Call:
+    n, c = shape[0], shape[3]
+    row = ((n, words(math.prod(shape[1:]))), np.uint32)
+    operands = [source(rng, shape), floats(rng, 6, c), floats(rng, 6, c)]
+    attributes = {"epsilon": np.float32(1e-5)}
+    return Call("encode_normed", operands, [row, row, ((n,), np.float32)], attributes)
+
+
+def gradient_normed(rng: Random, shape: Shape) -> Call:
+    selects, c = bool(rng.integers(0, 2)), shape[3]
+    d, indices = _kept_gradient(rng, shape, 1, selects)
+    return Call(
+        "gradient_normed",
+        [source(rng, shape), floats(rng, 6, c), floats(rng, 6, c), d, indices],
+        [(shape, np.float32), *_bounds(shape), ((8, c), np.float32)],
+        {"epsilon": np.float32(1e-5), "selects_samples": selects},
     )
 
 
@@ -291,6 +315,8 @@ TRANSFORMS: dict[str, Callable[[Random, Shape], Call]] = {
     "activate": activate,
     "gradient_sums": gradient_sums,
     "gradient": gradient,
+    "encode_normed": encode_normed,
+    "gradient_normed": gradient_normed,
 }
 
 
@@ -317,7 +343,32 @@ WEIGHTS: dict[str, Callable[[Random, Shape], Call]] = {
     "adam": adam,
 }
 
-KERNELS = [*CONVOLUTIONS, *TRANSFORMS, *WEIGHTS]
+
+def _attention_shape(rng: Random) -> Shape:
+    n, length, heads, d = (int(v) for v in rng.integers(0, [3, 40, 3, 20]))
+    return n, length, 3, heads, d
+
+
+def attention(rng: Random, shape: Shape) -> Call:
+    n, length, _, heads, d = shape
+    attributes = {"scale": np.float32(0.5), "is_causal": bool(rng.integers(0, 2))}
+    out = ((n, length, heads, d), np.float32)
+    return Call("attention", [floats(rng, *shape)], [out], attributes)
+
+
+def attention_grad(rng: Random, shape: Shape) -> Call:
+    n, length, _, heads, d = shape
+    attributes = {"scale": np.float32(0.5), "is_causal": bool(rng.integers(0, 2))}
+    operands = [floats(rng, *shape), floats(rng, n, length, heads, d)]
+    return Call("attention_grad", operands, [(shape, np.float32)], attributes)
+
+
+ATTENTION: dict[str, Callable[[Random, Shape], Call]] = {
+    "attention": attention,
+    "attention_grad": attention_grad,
+}
+
+KERNELS = [*CONVOLUTIONS, *TRANSFORMS, *WEIGHTS, *ATTENTION]
 
 
 def ordinary(rng: Random, kernel: str) -> Call:
@@ -339,5 +390,7 @@ def ordinary(rng: Random, kernel: str) -> Call:
         n, c = int(rng.integers(0, 4)), int(rng.choice([0, 1, 8, 33]))
         h, w = (int(v) for v in rng.integers(1, 6, 2))
         return TRANSFORMS[kernel](rng, (n, h, w, c))
+    if kernel in ATTENTION:
+        return ATTENTION[kernel](rng, _attention_shape(rng))
     shape = tuple(int(v) for v in rng.integers(0, 20, rng.integers(1, 5)))
     return WEIGHTS[kernel](rng, shape)

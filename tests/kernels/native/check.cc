@@ -20,13 +20,14 @@ int main(int argc, char** argv) {
     // Each form in turn: cases are small, and by itself none would be taken that is for large ones.
     fqt::prefer_form(static_cast<fqt::Form>(seed % 3));
     for (auto* check : {fqt::check_products, fqt::check_float_products, fqt::check_transforms,
-                        fqt::check_weights, fqt::check_adam, fqt::check_float_conv}) {
+                        fqt::check_weights, fqt::check_adam, fqt::check_float_conv,
+                        fqt::check_normed, fqt::check_attention}) {
       failed += !check(seed);
     }
   }
   for (fqt::Isa isa : fqt::supported_isas()) std::printf("%s ", fqt::name_of(isa).c_str());
   std::printf("kernels: %llu of %llu cases agree with the reference\n",
-              static_cast<unsigned long long>(6 * cases - failed),
-              static_cast<unsigned long long>(6 * cases));
+              static_cast<unsigned long long>(8 * cases - failed),
+              static_cast<unsigned long long>(8 * cases));
   return failed != 0;
 }

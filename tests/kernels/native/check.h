@@ -24,6 +24,8 @@ bool check_transforms(uint64_t seed);
 bool check_weights(uint64_t seed);
 bool check_adam(uint64_t seed);
 bool check_float_conv(uint64_t seed);
+bool check_normed(uint64_t seed);
+bool check_attention(uint64_t seed);
 
 using Random = std::mt19937_64;
 
@@ -95,6 +97,16 @@ inline void report(uint64_t seed, const char* kernel, Isa isa,
     between = " ";
   }
   std::printf(")\n");
+}
+
+// A sum over channels, in the order of the kernels: channel k in lane k % 16, then the lanes.
+template <typename Of>
+double lane_sum(int64_t c, Of of) {
+  float lanes[16] = {};
+  for (int64_t k = 0; k < c; ++k) lanes[k % 16] += of(k);
+  double total = 0.0;
+  for (float lane : lanes) total += static_cast<double>(lane);
+  return total;
 }
 
 // Sums of floats, against doubles: they differ by the rounding of what is summed.

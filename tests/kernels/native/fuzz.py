@@ -28,6 +28,7 @@ GROUPS = [*SIZES, *SIZES, 2**13]  # samples or channels, which other operands ha
 TYPES = [np.float32, np.int32, np.uint32, np.int16, np.int8, np.uint8, np.float16, np.bool_]
 FLOATS = np.array([np.nan, np.inf, -np.inf, 0, -0.0, 1e-42, 1e-30, 1, -1, 1e30, 3e38], np.float32)
 MOST_ENTRIES = 2**18  # of an array
+MOST_PRODUCTS = 2**28  # of an attention, which would run for minutes
 # The product of an empty array's other axes: XLA itself takes minutes to compile larger ones.
 MOST_EMPTY = 2**24
 
@@ -220,6 +221,11 @@ def wild(rng: Random, kernel: str) -> Call:
         return calls.CONVOLUTIONS[kernel](rng, wild_geometry(rng))
     if kernel in calls.TRANSFORMS:
         return calls.TRANSFORMS[kernel](rng, wild_shape(rng, 4))
+    if kernel in calls.ATTENTION:
+        n, length, heads, d = wild_shape(rng, 4)
+        while length**2 * n * heads * d > MOST_PRODUCTS:
+            length //= 2
+        return calls.ATTENTION[kernel](rng, (n, length, 3, heads, d))
     return calls.WEIGHTS[kernel](rng, wild_shape(rng, int(rng.integers(1, 5))))
 
 
