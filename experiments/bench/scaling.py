@@ -76,6 +76,7 @@ def measure(request: dict[str, Any]) -> Measured:
                 stderr=err,
                 start_new_session=True,
             )
+            held.enter_context(worker)
             held.enter_context(process.on_stop(worker.kill))
             held.callback(worker.kill)
             workers.append(worker)
