@@ -74,6 +74,7 @@ def test_the_race_is_told_and_drawn(monkeypatch, capsys):
         "image_size": 32,
         "num_classes": 10,
         "in_features": 1,
+        "length": 128,
     }
     times, ratios = json.loads((config.out / "results.json").read_text())["tables"]
     assert times["columns"][4:] == ["90 %", "qat's 97.0 %", "at the end, %"]
