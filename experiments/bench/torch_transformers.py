@@ -7,7 +7,7 @@ from typing import Any
 from experiments.bench.contenders import Setting
 from fqt_jax.models.common import scaled
 from fqt_jax.models.gpt import GPTSmall
-from fqt_jax.models.transformer import HEAD_FEATURES
+from fqt_jax.models.transformer import head_count
 from fqt_jax.models.vit import PATCH, POSITION_DEVIATION, ViTSmall
 
 _EPSILON = 1e-6
@@ -18,9 +18,7 @@ def _blocks(depth: int, features: int, *, causal: bool) -> Any:
     from torch import nn
     from torch.nn.functional import scaled_dot_product_attention
 
-    heads = next(
-        n for n in range(-(-features // HEAD_FEATURES), features) if features % (2 * n) == 0
-    )
+    heads = head_count(features)
 
     def normed(inputs: int, outputs: int) -> list[Any]:
         return [nn.LayerNorm(inputs, _EPSILON), nn.Linear(inputs, outputs)]

@@ -18,10 +18,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fqt_jax.binarize import WORD_BITS, PackedBits
+from fqt_jax.binarize import PackedBits
 from fqt_jax.kernels.contract import check_floats, check_kept, check_source
 from fqt_jax.kernels.dispatch import dispatch
-from fqt_jax.kernels.transforms import Line
+from fqt_jax.kernels.transforms import Line, encoded_types
 
 
 class Normed(NamedTuple):
@@ -36,13 +36,9 @@ def encode_normed(
 ) -> tuple[PackedBits, PackedBits, jax.Array]:
     """Signs of ``t``, where ``|t| <= 1``, and for each sample NaN if there is one in ``t``."""
     _check(source, normed, epsilon)
-    n, *shape = source.shape
-    words = jax.ShapeDtypeStruct((n, -(-math.prod(shape) // WORD_BITS)), jnp.uint32)
-    bits = PackedBits(words, tuple(shape))  # type: ignore[arg-type]
-    nan = jax.ShapeDtypeStruct((n,), jnp.float32)
     return dispatch(
         "encode_normed",
-        (bits, bits, nan),
+        encoded_types(source.shape),
         source,
         normed,
         epsilon=float(epsilon),

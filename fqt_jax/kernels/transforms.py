@@ -94,13 +94,16 @@ def encode(
 ) -> tuple[PackedBits, PackedBits, jax.Array]:
     """Signs of ``t``, where ``|t| <= 1``, and for each sample NaN if a float source makes one."""
     _check_function(source, line, pool)
-    n, *shape = pooled_shape(source.shape, pool)
-    words = jax.ShapeDtypeStruct((n, -(-math.prod(shape) // WORD_BITS)), jnp.uint32)
-    bits = PackedBits(words, tuple(shape))  # type: ignore[arg-type]
-    nan = jax.ShapeDtypeStruct((n,), jnp.float32)
-    return dispatch(
-        "encode", (bits, bits, nan), source, line, pool=pool, implementation=implementation
-    )
+    types = encoded_types(pooled_shape(source.shape, pool))
+    return dispatch("encode", types, source, line, pool=pool, implementation=implementation)
+
+
+def encoded_types(shape: tuple[int, ...]) -> tuple[Any, Any, Any]:
+    """Types of the signs, of the mask and of each sample's NaN, for ``t`` of ``[N, H, W, C]``."""
+    n, *each = shape
+    words = jax.ShapeDtypeStruct((n, -(-math.prod(each) // WORD_BITS)), jnp.uint32)
+    bits = PackedBits(words, tuple(each))  # type: ignore[arg-type]
+    return bits, bits, jax.ShapeDtypeStruct((n,), jnp.float32)
 
 
 def activate(

@@ -60,13 +60,7 @@ class Attention(nnx.Module):
     def __init__(
         self, features: int, *, causal: bool = False, rotary: bool = False, rngs: nnx.Rngs
     ):
-        if features % 2:
-            raise ValueError(f"the features of a block must be even; got {features}.")
-        self.heads = next(
-            n
-            for n in range(-(-features // HEAD_FEATURES), features)
-            if features % (2 * n) == 0  # an even number of features each
-        )
+        self.heads = head_count(features)
         self.causal, self.rotary = causal, rotary
         self.qkv = Sequential(
             nnx.LayerNorm(features, rngs=rngs), nnx.Linear(features, 3 * features, rngs=rngs)
@@ -84,6 +78,22 @@ class Attention(nnx.Module):
             heads = jnp.stack([turned(q), turned(k), v], axis=2)
         y = self_attention(heads, is_causal=self.causal)
         return self.out(y.reshape(x.shape), residual=x)
+
+
+def head_count(features: int) -> int:
+    """The fewest heads of an even number of features each, and of :data:`HEAD_FEATURES` at most.
+
+    Raises:
+      ValueError: the number of features is odd.
+
+    Example:
+      >>> head_count(128), head_count(100)
+      (4, 5)
+    """
+    if features % 2:
+        raise ValueError(f"the features of a block must be even; got {features}.")
+    least = -(-features // HEAD_FEATURES)
+    return next(n for n in range(least, features) if features % (2 * n) == 0)
 
 
 def turned(x: jax.Array) -> jax.Array:
