@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 import time
@@ -15,6 +16,8 @@ from fqt_jax.kernels.contract import UnsupportedError
 
 _SETTLE = 0.05
 """Seconds between contenders, in which the threads of the one before stop spinning."""
+_BURST = 0.05
+"""Seconds that a measurement takes at least."""
 
 
 def say(line: str) -> None:
@@ -22,20 +25,21 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def timed(run: Callable[[], Any], *, warm: bool = False) -> float:
-    """Milliseconds that a call takes.
+def timed(run: Callable[[], Any]) -> float:
+    """Milliseconds that a call takes among others of its kind, as in training.
 
-    Args:
-      run: the call.
-      warm: call it once untimed first. Threads sleep after the pause, and to wake one takes
-        milliseconds on a virtual machine, which is nothing in a step and all of a kernel.
+    The first call after another contender's is not counted: it wakes threads, which takes some
+    milliseconds on a virtual machine, and maps the memory that the other gave back. Short calls
+    are then timed several at once.
     """
     time.sleep(_SETTLE)
-    if warm:
-        run()
     start = time.perf_counter()
     run()
-    return 1e3 * (time.perf_counter() - start)
+    calls = max(1, math.ceil(_BURST / max(1e-6, time.perf_counter() - start)))
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return 1e3 * (time.perf_counter() - start) / calls
 
 
 def summarize(samples: Sequence[float]) -> dict[str, Any]:

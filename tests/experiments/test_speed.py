@@ -59,12 +59,13 @@ class Fake:
 
 
 def test_contenders_take_turns_and_a_missing_phase_is_left_out(monkeypatch):
-    monkeypatch.setattr("experiments.bench.steps._SETTLE", 0.0)
+    for seconds in ("_SETTLE", "_BURST"):
+        monkeypatch.setattr(f"experiments.bench.steps.{seconds}", 0.0)
     whole, bare = Fake("jax"), Fake("other", ())
     result = measure_steps(TINY, [whole, bare], warmup=2, repeats=3)
     assert whole.ran[0] == "build"
-    assert [whole.ran.count(phase) for phase in PHASES] == [5, 5, 5, 6]  # and the first step
-    assert bare.ran == ["build"] + ["total"] * 6
+    assert [whole.ran.count(phase) for phase in PHASES] == [8, 8, 8, 9]  # and the first step
+    assert bare.ran == ["build"] + ["total"] * 9
     assert set(result["contenders"]["jax"]["phases"]) == set(PHASES)
     assert set(result["contenders"]["other"]["phases"]) == {"total"}
     assert all(of_one["first"] > 0 for of_one in result["contenders"].values())
@@ -83,7 +84,8 @@ def run_of(result):
 
 
 def test_a_contender_whose_kernels_decline_is_left_out_with_the_reason(monkeypatch):
-    monkeypatch.setattr("experiments.bench.steps._SETTLE", 0.0)
+    for seconds in ("_SETTLE", "_BURST"):
+        monkeypatch.setattr(f"experiments.bench.steps.{seconds}", 0.0)
 
     def decline():
         raise UnsupportedError("no implementation serves this product")
@@ -239,7 +241,8 @@ def test_a_mismatch_is_the_exit_status(monkeypatch, capsys):
 
 
 def test_the_report_round_trips_and_draws(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("experiments.bench.steps._SETTLE", 0.0)
+    for seconds in ("_SETTLE", "_BURST"):
+        monkeypatch.setattr(f"experiments.bench.steps.{seconds}", 0.0)
 
     def in_process(request):
         if request["kind"] == "rss":
