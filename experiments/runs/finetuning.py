@@ -9,6 +9,8 @@ import json
 import pathlib
 from typing import Any, ClassVar
 
+import jax
+
 from experiments import cli, distributed, process
 from experiments.data import Dataset
 from experiments.runs import devices, folders, locks, logs, reporting, runner, tasks
@@ -156,10 +158,12 @@ def pretraining(config: FinetuneConfig, image_size: int) -> PretrainConfig:
 
     Its forward pass is that of the fine-tuning; how gradients are quantized makes no difference.
     Nor does the implementation of the kernels, which is the default one here: the others need not
-    serve float gradients, and all of them start from one model.
+    serve float gradients, and all of them start from one model. Nor do the devices of one process,
+    of which it takes one; several processes pretrain together, on all of theirs.
     """
     recipe = config.build_recipe()
     return PretrainConfig(
+        devices=jax.device_count() if distributed.several() else None,
         model=config.model,
         width=config.width,
         stem=config.stem,
@@ -176,39 +180,50 @@ def pretraining(config: FinetuneConfig, image_size: int) -> PretrainConfig:
 def _pretrained(config: FinetuneConfig, dataset: Dataset) -> pathlib.Path:
     """A model pretrained on mnist5k, from the cache or made now; a broken-off one is continued.
 
-    Of several processes that want the same one, one makes it and the others wait for it.
+    Of several runs that want the same one, one makes it and the others wait for it. Of several
+    processes of one run the first looks and decides, and all pretrain together.
     """
     options = pretraining(config, dataset.image_size[0])
+    with contextlib.ExitStack() as held:
+        folder = None
+        if distributed.first():
+            folder = _newest(options) or _cached(options, config.cache, held)
+        folder = distributed.from_first(folder)
+        if not folders.finished(folder):
+            _pretrain(options, folder)
+    print(f"starting from the pretrained model in {folder}")
+    return folders.checkpoint_at(folder)
+
+
+def _newest(options: PretrainConfig) -> pathlib.Path | None:
+    """The newest run of experiments.pretrain, if it is what to start from."""
     made, why_not = newest_pretraining(options)
-    if made is not None and not why_not:
-        print(f"starting from the pretrained model in {made}")
-        return folders.checkpoint_at(made)
-    if distributed.several():
-        raise cli.UserError(
-            "several processes do not pretrain: give a --checkpoint, such as that of "
-            "experiments.pretrain, --weights or --from-scratch."
-        )
-    if made is not None:
+    if made is not None and why_not:
         print(f"{made} is not what to start from: {why_not}; --checkpoint {made} would take it")
+    return None if why_not else made
+
+
+def _cached(
+    options: PretrainConfig, cache: pathlib.Path, held: contextlib.ExitStack
+) -> pathlib.Path:
+    """The folder of a pretraining in the cache, held where it is not finished."""
     # Defaults stay out of the name, so that an option added later renames no folder.
     default = PretrainConfig().to_json()
     values = {k: v for k, v in options.to_json().items() if v != default[k]}
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-    folder = config.cache / f"{config.model}-mnist5k-{digest[:12]}"
+    folder = cache / f"{options.model}-mnist5k-{digest[:12]}"
     # A finished one needs no lock: the cache may be one that cannot be written.
     if not folders.finished(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with locks.locked(folder, wait_for=f"pretrains in {folder}"):
-            if not folders.finished(folder):
-                _pretrain(options, folder)
-    print(f"starting from the pretrained model in {folder}")
-    return folders.checkpoint_at(folder)
+        held.enter_context(locks.locked(folder, wait_for=f"pretrains in {folder}"))
+    return folder
 
 
 def _pretrain(options: PretrainConfig, folder: pathlib.Path) -> None:
     print(f"pretraining on mnist5k once; the result is kept in {folder}")
     on_stop = "the same command continues with the pretraining."
     process.if_stopped(on_stop)
+    distributed.tell_how_to_go_on(on_stop)
     folders.write_config(options, folder)
     (folder / "summary.json").unlink(missing_ok=True)  # of one whose checkpoint was removed
     task = tasks.build_task(options, tasks.load_dataset(options), None)

@@ -297,6 +297,21 @@ def test_two_and_four_processes_train_alike_and_the_first_one_writes():
 
 
 @SLOW
+def test_processes_pretrain_together_once():
+    options = arguments(epochs=1, pretrain_epochs=1, cache="cache")
+    options.remove("--from-scratch")
+    for out, told in (("first", "pretraining on mnist5k once"), ("second", "starting from the")):
+        with Job(2, *options, "--out", out, devices=2) as job:
+            (status, said, errors), other = job.ended()
+        assert (status, errors, other) == (0, [], (0, "", []))
+        assert told in said
+    assert "pretraining" not in said
+    (folder,) = pathlib.Path("cache").iterdir()
+    assert json.loads((folder / "config.json").read_text())["devices"] == 4
+    assert lines("first") == lines("second")
+
+
+@SLOW
 def test_processes_find_each_other_under_slurm():
     job_id = str(os.getpid())  # the port follows from it
     with Job(
