@@ -16,7 +16,8 @@ spread``, and the gradient that of ``u``, straight-through::
 (arXiv 2408.14267, sections 3 and 4.) No float activation is made between two integer products:
 what stands there is a function of each integer sum ``z``, linear on either side of a kink
 (:mod:`fqt_jax.kernels.transforms`). Its signs go into the next product, and backward evaluates it
-again. What a chain keeps for the backward pass is, for each entry, two bits and the integer sum.
+again. What a chain keeps for the backward pass is, for each entry, two bits, and the integer sum
+where computing it again from the bits takes many products.
 
 The gradients of all parameters, of the weight scales and of the batch statistics follow from four
 sums for each channel, through ordinary differentiation of the function's coefficients.
@@ -25,6 +26,7 @@ sums for each channel, through ordinary differentiation of the function's coeffi
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -33,10 +35,13 @@ import jax.numpy as jnp
 from fqt_jax import kernels
 from fqt_jax.fused.float_conv import float_conv
 from fqt_jax.fused.gaps import GapGradient, encode, function_of, gap_gradient
-from fqt_jax.fused.parts import Chain, Gap, GapParams, Kept, Operands, Statistics
+from fqt_jax.fused.parts import Chain, Gap, GapParams, Kept, Operands, Statistics, Weights
 from fqt_jax.fused.product import encode_weights, finish_weights, product_gradients
 from fqt_jax.kernels import Line
 from fqt_jax.sharding import vary, varying_axes, varying_together
+
+_FEW_PRODUCTS = 3 * 3 * 64
+"""For each entry: so many are computed again in the time that some bytes of memory take."""
 
 
 def run_chain(chain: Chain, operands: Operands) -> tuple[jax.Array, list[Statistics | None]]:
@@ -108,7 +113,8 @@ def _run_fwd(
         scale = scale + jnp.where(jnp.isnan(total), jnp.float32(jnp.nan), 0.0)
         source = kernels.forward(signs, w_signs, link.window, implementation=implementation)
         is_needed = _has_gradient(chain, operands.params, i + 1)
-        kept.sums.append(source if is_needed else None)
+        is_kept = is_needed and not _is_cheap(operands.weights[i])
+        kept.sums.append(source if is_kept else None)
         kept.signs.append(signs)
         kept.clips.append(clip if link.recipe.clip else None)
         kept.w_signs.append(w_signs)
@@ -154,6 +160,23 @@ def _has_gradient(chain: Chain, params: list[GapParams], i: int) -> bool:
     return not is_last or params[i].bias is not None or chain.links[-1].recipe.scale != "none"
 
 
+def _is_cheap(weights: Weights) -> bool:
+    """Whether the backward pass computes the sums of a product again, rather than keep them."""
+    return math.prod(weights.kernel.shape[:-1]) <= _FEW_PRODUCTS
+
+
+def _after(d: jax.Array, tree: Any) -> Any:
+    """The same arrays, but not before there is ``d``.
+
+    Of two equal computations XLA makes one, whose result it keeps from the forward pass, a barrier
+    between them or not. This one needs the gradient. Where that is NaN all comes to nothing anyway.
+    """
+    if not d.size:
+        return tree
+    is_nan = jnp.isnan(d[0, 0, 0, 0])
+    return jax.tree.map(lambda a: jnp.where(is_nan, jnp.zeros_like(a), a), tree)
+
+
 def _run_bwd(chain: Chain, kept: Kept, cotangents: tuple[jax.Array, Any]) -> tuple[Operands]:
     d: jax.Array = cotangents[0].astype(jnp.float32)
     samples: jax.Array | None = None
@@ -161,11 +184,18 @@ def _run_bwd(chain: Chain, kept: Kept, cotangents: tuple[jax.Array, Any]) -> tup
     d_params: list[Any] = [jax.tree.map(jnp.zeros_like, p) for p in operands.params]
     d_weights: list[Any] = [None] * len(chain.links)
     for i in reversed(range(1, len(chain.gaps))):
-        source = kept.sums[i - 1]
-        g, d_scale, bounds = d, jnp.zeros(d.shape[3], jnp.float32), None
-        if source is not None:
-            g, d_params[i], d_scale, bounds = _gap_bwd(chain, kept, i, source, d, samples)
         link, w = chain.links[i - 1], operands.weights[i - 1]
+        g, d_scale, bounds = d, jnp.zeros(d.shape[3], jnp.float32), None
+        if _has_gradient(chain, operands.params, i):
+            source = kept.sums[i - 1]
+            if source is None:
+                source = kernels.forward(
+                    kept.signs[i - 1],
+                    _after(d, kept.w_signs[i - 1]),
+                    link.window,
+                    implementation=chain.implementation,
+                )
+            g, d_params[i], d_scale, bounds = _gap_bwd(chain, kept, i, source, d, samples)
         d, samples, dw = product_gradients(
             link,
             g,
@@ -180,12 +210,9 @@ def _run_bwd(chain: Chain, kept: Kept, cotangents: tuple[jax.Array, Any]) -> tup
         d_weights[i - 1] = finish_weights(link, w, dw, d_scale, chain.implementation)
     d_x, d_first = d, None
     if operands.x is not None:
-        x, first = operands.x, operands.first
-        if first is not None and d.size:
-            # Of two equal computations XLA makes one, whose result it keeps from the forward
-            # pass, a barrier between them or not. This one needs the gradient.
-            first = jnp.where(jnp.isnan(d[0, 0, 0, 0]), jnp.float32(jnp.nan), first)
-        again, source_vjp = jax.vjp(functools.partial(_source, chain), x, first)
+        again, source_vjp = jax.vjp(
+            functools.partial(_source, chain), operands.x, _after(d, operands.first)
+        )
         g, d_params[0], _, _ = _gap_bwd(chain, kept, 0, again, d, samples)
         d_x, d_first = source_vjp(g)
     d_x = d_x.astype(chain.x_dtype)
@@ -215,6 +242,7 @@ def _gap_bwd(
         d,
         samples,
         chain.implementation,
+        overwrites=i == 0 and chain.first is not None,  # which was computed again for this
     )
 
 

@@ -79,6 +79,8 @@ def gap_gradient(
     d: jax.Array,
     samples: jax.Array | None,
     implementation: str | None,
+    *,
+    overwrites: bool = False,
 ) -> GapGradient:
     """The backward pass of a gap.
 
@@ -87,6 +89,7 @@ def gap_gradient(
       d: gradient of the function, of the samples kept.
       samples: their indices; ``None`` for all.
       implementation: of the kernels.
+      overwrites: whether nothing needs the source any more.
     """
     if gap.norm == "layer":
         normed, vjp = jax.vjp(lambda *at: normed_of(gap, *at), params, scale)
@@ -113,6 +116,7 @@ def gap_gradient(
         d,
         samples,
         rows if takes_moments(gap, running) else None,
+        overwrites=overwrites,
         implementation=implementation,
     )
     return GapGradient(g, d_params, d_scale, (lo, hi))

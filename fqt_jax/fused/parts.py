@@ -128,11 +128,11 @@ class Operands(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What waits for the backward pass; for each entry, two bits and an integer sum.
+    """What waits for the backward pass; for each entry, two bits, and mostly an integer sum.
 
     Attributes:
       operands: without the residual, and without ``x`` where nothing after it needs it.
-      sums: of each product, where what follows it needs them.
+      sums: of each product, where what follows it needs them, and they are not computed again.
       signs, clips: of the input of each product; ``clips`` where the recipe cuts gradients off.
       w_signs: of the weights of each product.
       scales: of the input of each gap that does anything to a gradient.

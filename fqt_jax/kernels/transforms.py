@@ -184,12 +184,14 @@ def gradient(
     samples: jax.Array | None,
     weights: jax.Array | None = None,
     *,
+    overwrites: bool = False,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``g``, and its minimum and maximum for each sample and channel, ``float32[N, C]``.
 
     The gradient of a window's maximum goes to the first entry that attains it. The flow into a
-    sample is multiplied by its weight, that of :func:`moments`.
+    sample is multiplied by its weight, that of :func:`moments`. With ``overwrites`` it may take the
+    place of a float source in memory: for one that nothing else needs, or else it is copied first.
     """
     _check_gradient(source, line, pool, d, samples)
     check_floats(source.shape[3:], **flow._asdict())
@@ -206,6 +208,7 @@ def gradient(
         samples,
         weights,
         pool=pool,
+        overwrites=overwrites,
         implementation=implementation,
     )
 

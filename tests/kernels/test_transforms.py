@@ -170,8 +170,8 @@ def test_forward_is_exact(implementation, case):
 
 
 @each
-@given(case=cases())
-def test_backward_is_exact(implementation, case):
+@given(case=cases(), overwrites=st.booleans())
+def test_backward_is_exact(implementation, case, overwrites):
     source, line, pool = case.operands
     g, lo, hi = transforms.gradient(
         source,
@@ -180,6 +180,7 @@ def test_backward_is_exact(implementation, case):
         pool,
         **case.backward,
         weights=None if case.weights is None else jnp.asarray(case.weights),
+        overwrites=overwrites,
         implementation=implementation,
     )
     np.testing.assert_array_equal(g, case.gradient())

@@ -228,6 +228,7 @@ def _gradient(
     weights: jax.Array | None,
     *,
     pool: int,
+    overwrites: bool,
     platform: str,
 ) -> Any:
     bounds = _bounds_type(source.shape)
@@ -240,6 +241,7 @@ def _gradient(
         d,
         _or_none(samples, jnp.int32),
         _or_none(weights),
+        in_place={0: 0} if overwrites and source.dtype == jnp.float32 else None,
         pool=np.int64(pool),
         selects_samples=samples is not None,
     )

@@ -84,6 +84,7 @@ def gradient(
     weights: jax.Array | None,
     *,
     pool: int,
+    overwrites: bool,
     platform: str,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See :func:`fqt_jax.kernels.gradient`."""
