@@ -143,13 +143,6 @@ def from_first(path: pathlib.Path | None) -> pathlib.Path:
     return pathlib.Path(os.fsdecode(bytes(text).rstrip(b"\0")))
 
 
-def gathered(tree: Any) -> Any:
-    """Arrays of which each process has a part, whole in each."""
-    if not several() or not jax.tree.leaves(tree):
-        return tree
-    return multihost_utils.process_allgather(tree, tiled=True)
-
-
 class Agreement:
     """Questions that any process may answer with yes, and to which all get the same answer.
 

@@ -10,8 +10,10 @@ import pathlib
 from collections.abc import Awaitable, Iterable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import type_handlers
 
 
@@ -38,13 +40,33 @@ def write_arrays(folder: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
         raise OSError(errno.EIO, "what was written cannot be read back")
 
 
+def write_shares(folder: pathlib.Path, arrays: dict[str, jax.Array]) -> None:
+    """Writes arrays of which each process has a part; all of them call this with a new folder.
+
+    Raises:
+      Exception: of many types, where this process' part cannot be written.
+    """
+    orbax = _orbax(_OneByOne())
+    if jax.process_index() == 0:
+        folder.mkdir()
+    multihost_utils.sync_global_devices(f"{folder} is there")
+    orbax.save(folder, args=ocp.args.PyTreeSave(arrays))
+    multihost_utils.sync_global_devices(f"{folder} has all parts")
+    if jax.process_index() == 0:
+        orbax.finalize(folder)
+
+
 def read_arrays(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """Reads what :func:`write_arrays` wrote.
+    """Reads what :func:`write_arrays` or :func:`write_shares` wrote, whole.
 
     Raises:
       Exception: of many types, where the files cannot be read or are not those of Orbax.
     """
-    restored = _orbax(_OneByOne()).restore(folder, args=ocp.args.PyTreeRestore())
+    orbax = _orbax(_OneByOne())
+    as_numpy = jax.tree.map(
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), dict(orbax.metadata(folder).tree)
+    )
+    restored = orbax.restore(folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
     return {name: np.asarray(array) for name, array in dict(restored).items()}
 
 
@@ -108,5 +130,7 @@ async def _all(calls: Iterable[Awaitable[Sequence[Any]]]) -> list[Any]:
 def _orbax(handler: _OneByOne) -> Any:
     # Orbax reports each save and, on errors, the state of its threads; ours are one line.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    registry = type_handlers.create_type_handler_registry((np.ndarray, handler))
+    registry = type_handlers.create_type_handler_registry(
+        (np.ndarray, handler), (jax.Array, type_handlers.ArrayHandler())
+    )
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)

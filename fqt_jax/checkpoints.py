@@ -1,9 +1,10 @@
 """Saves and restores training states and parameters, on Orbax.
 
 A checkpoint is a folder: ``state`` has every array of a :class:`~fqt_jax.training.TrainState`
-under a readable name (``params.blocks.0.conv1.kernel``), as Orbax writes it; ``metadata.json`` is
-JSON; ``SHA256SUMS`` has the checksums of all files. It is written beside its final name, then
-renamed: a checkpoint is there whole or not at all. Every read compares the checksums first.
+under a readable name (``params.blocks.0.conv1.kernel``), as Orbax writes it, and ``shares`` those
+of which each of several processes has written its part; ``metadata.json`` is JSON; ``SHA256SUMS``
+has the checksums of all files. It is written beside its final name, then renamed: a checkpoint is
+there whole or not at all. Every read compares the checksums first.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 from flax import nnx
 
 from fqt_jax import checksums
-from fqt_jax.array_files import read_arrays, write_arrays
+from fqt_jax.array_files import read_arrays, write_arrays, write_shares
 from fqt_jax.layer_types import quantized_layers
 from fqt_jax.training import TrainState
 from fqt_jax.tree import leaf_name
@@ -29,7 +30,7 @@ from fqt_jax.tree import leaf_name
 Path = str | pathlib.Path
 
 _FORMAT = 2
-_STATE, _METADATA, _PARTIAL = "state", "metadata.json", ".partial"
+_STATE, _SHARES, _METADATA, _PARTIAL = "state", "shares", "metadata.json", ".partial"
 
 
 class CheckpointError(Exception):
@@ -42,6 +43,9 @@ def save_checkpoint(path: Path, state: TrainState, metadata: dict[str, Any]) -> 
     Until all of it is on the disk, the folder has another name, with ``.partial`` at its end; that
     is all that a killed process leaves behind.
 
+    With several processes all call this. The first writes; of arrays of which each process has a
+    part, each writes its own.
+
     Args:
       path: the folder; it must not exist.
       state: the training state; it is not donated.
@@ -51,20 +55,27 @@ def save_checkpoint(path: Path, state: TrainState, metadata: dict[str, Any]) -> 
       CheckpointError: the folder exists or cannot be written. No part of it is left behind.
     """
     path = pathlib.Path(path).absolute()
-    if path.exists():
+    is_first = jax.process_index() == 0
+    if is_first and path.exists():
         raise CheckpointError(f"{path} exists already.")
     partial = path.with_name(path.name + _PARTIAL)
+    leaves = [(name, _storable(leaf)) for name, leaf in _named_leaves(state)]
+    shares = {name: leaf for name, leaf in leaves if not _is_readable(leaf)}
     try:
-        arrays = {name: np.asarray(_storable(leaf)) for name, leaf in _named_leaves(state)}
-        text = json.dumps({"format": _FORMAT, **metadata})
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        (partial / _METADATA).write_text(text)
-        write_arrays(partial / _STATE, arrays)
-        checksums.seal(partial)
-        partial.rename(path)
-        checksums.sync(path.parent)
+        if is_first:
+            arrays = {name: np.asarray(leaf) for name, leaf in leaves if name not in shares}
+            text = json.dumps({"format": _FORMAT, **metadata})
+            if partial.exists():
+                shutil.rmtree(partial)
+            partial.mkdir(parents=True)
+            (partial / _METADATA).write_text(text)
+            write_arrays(partial / _STATE, arrays)
+        if shares:
+            write_shares(partial / _SHARES, shares)
+        if is_first:
+            checksums.seal(partial)
+            partial.rename(path)
+            checksums.sync(path.parent)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if not isinstance(error, Exception):
@@ -229,6 +240,8 @@ def load_parameters(path: Path, model: nnx.Module, *, new_head: str | None = Non
 def nonfinite_arrays(state: TrainState) -> list[str]:
     """Names of the floating-point arrays of a state that have a value which is not finite.
 
+    Of an array of which each of several processes has a part, this process' part is looked at.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from fqt_jax.training import Metrics, TrainState
@@ -241,7 +254,8 @@ def nonfinite_arrays(state: TrainState) -> list[str]:
     return [
         name
         for name, leaf in _named_leaves(state)
-        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not np.isfinite(np.asarray(leaf)).all()
+        if jnp.issubdtype(leaf.dtype, jnp.inexact)
+        and not all(np.isfinite(part).all() for part in _own_parts(leaf))
     ]
 
 
@@ -278,13 +292,31 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     read_metadata(path)
     path = pathlib.Path(path).absolute()
     try:
-        return read_arrays(path / _STATE)
+        arrays = read_arrays(path / _STATE)
+        if (path / _SHARES).exists():
+            arrays |= read_arrays(path / _SHARES)
+        return arrays
     except Exception as error:
         raise CheckpointError(f"the checkpoint {path} cannot be read: {_reason(error)}") from error
 
 
 def _named_leaves(state: TrainState) -> list[tuple[str, jax.Array]]:
     return [(leaf_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)]
+
+
+def _is_readable(leaf: Any) -> bool:
+    """Whether this process can read the whole array."""
+    return (
+        not isinstance(leaf, jax.Array)
+        or leaf.is_fully_addressable
+        or leaf.sharding.is_fully_replicated
+    )
+
+
+def _own_parts(leaf: Any) -> list[np.ndarray]:
+    if _is_readable(leaf):
+        return [np.asarray(leaf)]
+    return [np.asarray(shard.data) for shard in leaf.addressable_shards]
 
 
 def _storable(leaf: jax.Array) -> jax.Array:

@@ -55,7 +55,8 @@ class RunCheckpoints:
     def save(self, state: TrainState, metadata: dict[str, Any], *, best: int | None = None) -> None:
         """Saves a state, unless it is saved already; then removes all but the last two and one.
 
-        Of several processes the first writes, and the others wait for it.
+        Of several processes the first writes, and each its part of what they share out; all wait
+        for each other.
 
         Args:
           state: the state.
@@ -67,20 +68,19 @@ class RunCheckpoints:
           OSError: a damaged one of that step cannot be removed.
         """
         path = self.at(int(state.step))
-        if distributed.first():
-            self._save(path, state, metadata, best)
-        distributed.wait_for_all(f"{path.name} is saved")
-
-    def _save(
-        self, path: pathlib.Path, state: TrainState, metadata: dict[str, Any], best: int | None
-    ) -> None:
         if path not in self._whole:
-            if path.exists():  # a damaged one, newer than that which the run was resumed from
+            # A damaged one, newer than that which the run was resumed from.
+            if distributed.first() and path.exists():
                 _remove(path)
+            distributed.wait_for_all(f"{path.name} is to be saved")
             save_checkpoint(path, state, metadata)
             self._whole = [*self._whole[-1:], path]
-        with contextlib.suppress(OSError):  # what is left does no harm, and goes at the next save
-            self._remove_others([*self._whole, *([] if best is None else [self.at(best)])])
+        if distributed.first():
+            with contextlib.suppress(
+                OSError
+            ):  # what is left does no harm, and goes at the next save
+                self._remove_others([*self._whole, *([] if best is None else [self.at(best)])])
+        distributed.wait_for_all(f"{path.name} is saved")
 
     def _remove_others(self, kept: list[pathlib.Path]) -> None:
         """Removes older and damaged ones, and what is left of saves that were killed."""

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from experiments import process
 from experiments.cli import UserError
 from experiments.data.schedule import Part
-from experiments.distributed import Agreement, gathered, several, wait_for_all
+from experiments.distributed import Agreement, several, wait_for_all
 from experiments.process import Interrupted, StopOnSignal
 from experiments.runs import reporting
 from experiments.runs.batches import Batches, batches
@@ -264,10 +264,6 @@ class _Run:
         same = kept.error.shape == state.exchange.error.shape
         return self._placed(state if same else dataclasses.replace(state, exchange=kept))
 
-    def _gathered(self) -> TrainState:
-        """The state with what each device keeps for itself, where this process can read all."""
-        return dataclasses.replace(self.state, exchange=gathered(self.state.exchange))
-
     def _train_epoch(
         self, epoch: int, made: Batches, stop: StopOnSignal, progress: reporting.Progress
     ) -> None:
@@ -356,7 +352,7 @@ class _Run:
 
     def _save(self) -> None:
         best = best_epoch(self.history)["step"] if self.history else None
-        self.checkpoints.save(self._gathered(), self._metadata(), best=best)
+        self.checkpoints.save(self.state, self._metadata(), best=best)
         self.saved_at = time.perf_counter()
 
     def _save_and_stop(self, epoch: int) -> NoReturn:
@@ -370,9 +366,10 @@ class _Run:
 
     def _check_finite(self, epoch: int) -> None:
         """The losses are those before each update; this sees what the last one has done."""
-        wrong = nonfinite_arrays(self._gathered())
-        if wrong:
+        wrong = nonfinite_arrays(self.state)
+        if self.agreement.ask_now(bool(wrong), False)[0]:
             arrays = len(jax.tree.leaves(self.state))
+            wrong = wrong or ["those of another process"]
             raise self._diverged(
                 f"{len(wrong)} of {arrays} arrays are not finite after step "
                 f"{int(self.state.step)}, {wrong[0]} for one",

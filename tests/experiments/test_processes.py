@@ -297,6 +297,31 @@ def test_two_and_four_processes_train_alike_and_the_first_one_writes():
 
 
 @SLOW
+def test_each_process_writes_its_part_of_what_signs_leave_out():
+    options = {"recipe": "qat", "reduce": "signs", "reduce_warmup": 0.2, "epochs": 6}
+    with Job(2, *arguments(**options, out="whole"), devices=2) as job:
+        assert [status for status, _, errors in job.ended() if not errors] == [0, 0]
+    written = latest_checkpoint(pathlib.Path("whole/checkpoints"))
+    assert set(checkpoints.read_arrays(written.absolute() / "shares")) == {
+        "exchange.momentum",
+        "exchange.error",
+        "exchange.error_of_part",
+    }
+    assert parameters("whole")["exchange.error"].shape[0] == 4
+    with Job(2, *arguments(**options), devices=2) as job:
+        wait_for_epochs(2)
+        job.processes[1].kill()
+        job.ended(60)
+    with Job(2, "--resume", "run", devices=2) as job:
+        assert job.ended()[0][0] == 0
+    assert lines("run") == lines("whole")
+    for name, value in parameters("whole").items():
+        np.testing.assert_array_equal(parameters("run")[name], value, err_msg=name)
+    # One process has other numbers of devices to share out, and reads what two have written.
+    main(FinetuneConfig(resume=pathlib.Path("run"), devices=2))
+
+
+@SLOW
 def test_processes_pretrain_together_once():
     options = arguments(epochs=1, pretrain_epochs=1, cache="cache")
     options.remove("--from-scratch")
