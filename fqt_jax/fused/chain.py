@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -165,15 +166,17 @@ def _is_cheap(weights: Weights) -> bool:
     return math.prod(weights.kernel.shape[:-1]) <= _FEW_PRODUCTS
 
 
-def _after(d: jax.Array, tree: Any) -> Any:
-    """The same arrays, but not before there is ``d``.
+def _after(grads: Sequence[jax.Array], tree: Any) -> Any:
+    """The same arrays, but not before there are the gradients of the layer above.
 
     Of two equal computations XLA makes one, whose result it keeps from the forward pass, a barrier
-    between them or not. This one needs the gradient. Where that is NaN all comes to nothing anyway.
+    between them or not. This one needs the gradients, and what they were made of is not needed any
+    more. Where one is NaN all comes to nothing anyway.
     """
-    if not d.size:
+    firsts = [grad[0, 0, 0, 0] for grad in grads if grad.size]
+    if not firsts:
         return tree
-    is_nan = jnp.isnan(d[0, 0, 0, 0])
+    is_nan = jnp.isnan(jnp.stack(firsts)).any()
     return jax.tree.map(lambda a: jnp.where(is_nan, jnp.zeros_like(a), a), tree)
 
 
@@ -183,6 +186,7 @@ def _run_bwd(chain: Chain, kept: Kept, cotangents: tuple[jax.Array, Any]) -> tup
     operands = kept.operands
     d_params: list[Any] = [jax.tree.map(jnp.zeros_like, p) for p in operands.params]
     d_weights: list[Any] = [None] * len(chain.links)
+    made = [d]
     for i in reversed(range(1, len(chain.gaps))):
         link, w = chain.links[i - 1], operands.weights[i - 1]
         g, d_scale, bounds = d, jnp.zeros(d.shape[3], jnp.float32), None
@@ -191,7 +195,7 @@ def _run_bwd(chain: Chain, kept: Kept, cotangents: tuple[jax.Array, Any]) -> tup
             if source is None:
                 source = kernels.forward(
                     kept.signs[i - 1],
-                    _after(d, kept.w_signs[i - 1]),
+                    _after(made, kept.w_signs[i - 1]),
                     link.window,
                     implementation=chain.implementation,
                 )
@@ -207,11 +211,12 @@ def _run_bwd(chain: Chain, kept: Kept, cotangents: tuple[jax.Array, Any]) -> tup
             compact=i > 1 or operands.x is not None,
             implementation=chain.implementation,
         )
+        made = [d, dw]
         d_weights[i - 1] = finish_weights(link, w, dw, d_scale, chain.implementation)
     d_x, d_first = d, None
     if operands.x is not None:
         again, source_vjp = jax.vjp(
-            functools.partial(_source, chain), operands.x, _after(d, operands.first)
+            functools.partial(_source, chain), operands.x, _after(made, operands.first)
         )
         g, d_params[0], _, _ = _gap_bwd(chain, kept, 0, again, d, samples)
         d_x, d_first = source_vjp(g)
