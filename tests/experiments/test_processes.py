@@ -350,8 +350,7 @@ def test_processes_find_each_other_under_slurm():
 
 
 @SLOW
-@pytest.mark.parametrize("count", [2, 4])
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize(("count", "killed"), [(2, 0), (2, 1), (4, 1)])
 def test_one_killed_ends_the_others_in_one_line_and_the_run_goes_on_bit_for_bit(count, killed):
     with Job(count, *arguments(epochs=8, out="whole")) as job:
         assert job.ended()[0][0] == 0
