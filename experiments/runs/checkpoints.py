@@ -72,13 +72,11 @@ class RunCheckpoints:
             # A damaged one, newer than that which the run was resumed from.
             if distributed.first() and path.exists():
                 _remove(path)
-            distributed.wait_for_all(f"{path.name} is to be saved")
             save_checkpoint(path, state, metadata)
             self._whole = [*self._whole[-1:], path]
         if distributed.first():
-            with contextlib.suppress(
-                OSError
-            ):  # what is left does no harm, and goes at the next save
+            with contextlib.suppress(OSError):
+                # What is left does no harm, and goes at the next save.
                 self._remove_others([*self._whole, *([] if best is None else [self.at(best)])])
         distributed.wait_for_all(f"{path.name} is saved")
 

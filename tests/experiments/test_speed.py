@@ -58,9 +58,13 @@ class Fake:
         return {"products": 1000, "memory": None}
 
 
-def test_contenders_take_turns_and_a_missing_phase_is_left_out(monkeypatch):
+def without_pauses(monkeypatch):
     for seconds in ("_SETTLE", "_BURST"):
         monkeypatch.setattr(f"experiments.bench.steps.{seconds}", 0.0)
+
+
+def test_contenders_take_turns_and_a_missing_phase_is_left_out(monkeypatch):
+    without_pauses(monkeypatch)
     whole, bare = Fake("jax"), Fake("other", ())
     result = measure_steps(TINY, [whole, bare], warmup=2, repeats=3)
     assert whole.ran[0] == "build"
@@ -84,8 +88,7 @@ def run_of(result):
 
 
 def test_a_contender_whose_kernels_decline_is_left_out_with_the_reason(monkeypatch):
-    for seconds in ("_SETTLE", "_BURST"):
-        monkeypatch.setattr(f"experiments.bench.steps.{seconds}", 0.0)
+    without_pauses(monkeypatch)
 
     def decline():
         raise UnsupportedError("no implementation serves this product")
@@ -241,8 +244,7 @@ def test_a_mismatch_is_the_exit_status(monkeypatch, capsys):
 
 
 def test_the_report_round_trips_and_draws(monkeypatch, tmp_path, capsys):
-    for seconds in ("_SETTLE", "_BURST"):
-        monkeypatch.setattr(f"experiments.bench.steps.{seconds}", 0.0)
+    without_pauses(monkeypatch)
 
     def in_process(request):
         if request["kind"] == "rss":
