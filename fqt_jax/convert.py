@@ -7,12 +7,13 @@ import dataclasses
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import linen, nnx
 
+from fqt_jax.allocation import Budget, InUse, layers_in_use, share
 from fqt_jax.layer_types import LAYER_TYPES, float_layers, quantized_layers, type_of
 from fqt_jax.modules import Place, find_modules
 from fqt_jax.recipe import FULL_PRECISION, Recipe, as_recipe
@@ -21,6 +22,9 @@ from fqt_jax.tapping import Call, tapped
 from fqt_jax.text import format_table
 
 Rules = Sequence[tuple[str, Recipe | str]]
+
+_DEFAULT = "default"
+"""The reason of a layer that no rule decides, and no rule of thumb."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +98,7 @@ def quantize(
     rules: Rules = (),
     *,
     example: Any = None,
+    budget: Budget = "layer",
     unsupported: Literal["error", "float"] = "error",
     implementation: str | None = None,
     rngs: nnx.Rngs | int = 0,
@@ -130,6 +135,10 @@ def quantize(
         list positions joined by ``/``, such as ``blocks/0/conv1``), and the recipe for it.
       example: what the model is called with, a batch or its shape and type, to tell the order in
         which its layers are used; a tuple is several arguments. Nothing is computed.
+      budget: what spends the bits of ``recipe``. ``"layer"``: each layer keeps the same part of its
+        gradient. ``"model"``: all that no rule decides keep as many bits together, small layers
+        more of their gradients and large ones less (:mod:`fqt_jax.allocation`), which helps deep
+        networks whose layers differ in size. It takes an ``example``.
       unsupported: what happens to a layer that would be quantized but cannot be: an error, or it
         stays in float and the table says why. One that a rule quantizes is an error in any case.
       implementation: name of the kernels' implementation for all layers; ``None`` picks the best.
@@ -141,8 +150,9 @@ def quantize(
     Raises:
       TypeError: the model is none of NNX, or abstract.
       ValueError: a pattern is malformed or matches no layer; a layer cannot be quantized (it is
-        masked, a subclass, or computes in a way of its own); the model is quantized already; or no
-        layer is quantized although ``recipe`` is binary.
+        masked, a subclass, or computes in a way of its own); the model is quantized already; no
+        layer is quantized although ``recipe`` is binary; or ``budget`` is ``"model"`` and there is
+        no example, nothing is pruned, or a loop calls layers, so that none knows how often.
 
     Example:
       >>> from flax import nnx
@@ -159,6 +169,7 @@ def quantize(
     recipe = as_recipe("recipe", recipe)
     if unsupported not in ("error", "float"):
         raise ValueError(f"unsupported must be 'error' or 'float'; got {unsupported!r}.")
+    _check_budget(budget, recipe, example)
     _check_model(model)
     # The order in which the model defines its layers tells the first from the rest; a clone has
     # forgotten it.
@@ -169,6 +180,8 @@ def quantize(
         raise ValueError(f"{type(model).__name__} has no layer that can be quantized ({kinds}).")
     ends = _defined_ends(places) if example is None else _ends_in_use(model, example)
     decided = _decide(places, recipe, rules, others, ends, unsupported)
+    if budget == "model":
+        decided = _shared(decided, layers_in_use(model, example))
     if recipe.binary and not any(d.recipe.binary for d in decided):
         raise ValueError(
             "the rules and defaults leave every layer in full precision: name the layers to "
@@ -195,6 +208,29 @@ def quantize(
     model = fuse_sequences(model)
     _warn_of_constant_signs(one_sided(model))
     return Conversion(model, ConversionTable(_with_fusion(decided, fusion(model), slow), others))
+
+
+def _check_budget(budget: str, recipe: Recipe, example: Any) -> None:
+    if budget not in get_args(Budget):
+        raise ValueError(f"budget must be 'layer' or 'model'; got {budget!r}.")
+    if budget == "layer":
+        return
+    if example is None:
+        raise ValueError(
+            "budget='model' needs an example of what the model is called with: the entries of its "
+            "layers are counted."
+        )
+    if recipe.gradient is None or recipe.gradient.keep_fraction == 1:
+        raise ValueError(f"budget='model' has no effect: the recipe prunes nothing ({recipe}).")
+
+
+def _shared(decided: list[ConvertedLayer], layers: dict[str, InUse]) -> list[ConvertedLayer]:
+    """The same layers with the bits of those that no rule decided shared out."""
+    recipes = {layer.path: layer.recipe for layer in decided if layer.reason == _DEFAULT}
+    shared = share(recipes, layers)
+    return [
+        dataclasses.replace(layer, recipe=shared.get(layer.path, layer.recipe)) for layer in decided
+    ]
 
 
 def _check_model(model: Any) -> None:
@@ -318,7 +354,7 @@ def _decide(
     for place in places:
         layer, kind = place.module, type_of(place.module)
         obstacle, float_reason = kind.obstacle(layer), kind.float_reason(layer)
-        choice, reason = recipe, "default"
+        choice, reason = recipe, _DEFAULT
         if place.path in ends:
             choice, reason = FULL_PRECISION, ends[place.path]
         elif float_reason is not None:

@@ -11,6 +11,7 @@ from experiments.cli import UserError
 from experiments.data.catalog import Stream
 from experiments.runs.kinds import kind_named
 from experiments.runs.ranges import check_numbers
+from fqt_jax.allocation import Budget
 from fqt_jax.estimators import Estimator, FullBatch, OneDraw
 from fqt_jax.estimators.one_draw import Scope
 from fqt_jax.exchange import Exchange, Mean, Signs
@@ -56,7 +57,7 @@ class RunConfig:
 
     recipe: str = "fqt1"
     """Recipe: full_precision, qat, psq1, fqt1 or fqt1_plus, or qat_activations, with float weights,
-    the first of two steps. The next twelve change parts of it."""
+    the first of two steps. The next thirteen change parts of it."""
     bits: int | None = None
     """Bits of a gradient code, 1 to 8."""
     keep: float | None = None
@@ -71,6 +72,9 @@ class RunConfig:
     """What the weight gradient keeps."""
     grid: Grid | None = None
     """Where the levels of a group lie: on its range, or with one at zero."""
+    budget: Budget | None = None
+    """What spends the bits of gradients: each layer, or the model as a whole, whose small layers
+    then keep more of theirs and its large ones less."""
     scale: Scale | None = None
     """The weights' scale: their mean, none, or learned, from that mean or from 1 on."""
     clip: bool | None = None
@@ -244,7 +248,6 @@ class RunConfig:
     def build_recipe(self) -> Recipe:
         """The named recipe with the parts that were changed."""
         recipe = recipe_by_name(self.recipe)
-        changes = _given(self, ("scale", "clip", "threshold"))
         of_gradient = _given(
             self, ("bits", "keep", "sampler", "importance", "groups", "prune", "grid")
         )
@@ -255,12 +258,17 @@ class RunConfig:
                     f"{', '.join(of_gradient)} cannot be set."
                 )
             gradient = dataclasses.replace(recipe.gradient, **of_gradient)
-            for name in ("sampler", "importance"):
-                if name in of_gradient and (self.one_draw or gradient.keep_fraction == 1):
-                    why = "one_draw draws by the loss" if self.one_draw else "nothing is pruned"
-                    raise UserError(f"{name} has no effect: {why}.")
-            changes["gradient"] = gradient
-        return dataclasses.replace(recipe, **changes)
+            recipe = dataclasses.replace(recipe, gradient=gradient)
+        self._check_pruning(recipe)
+        return dataclasses.replace(recipe, **_given(self, ("scale", "clip", "threshold")))
+
+    def _check_pruning(self, recipe: Recipe) -> None:
+        """Checks that layers prune, where an option is about how they do."""
+        prunes = recipe.gradient is not None and recipe.gradient.keep_fraction < 1
+        for name in _given(self, ("sampler", "importance", "budget")):
+            if self.one_draw or not prunes:
+                why = "one_draw draws by the loss" if self.one_draw else "nothing is pruned"
+                raise UserError(f"{name} has no effect: {why}.")
 
     def build_estimator(self) -> Estimator:
         """The step's estimator: with one draw, of the fraction that the recipe keeps."""
@@ -340,6 +348,7 @@ RECIPE_PARTS = (
     "groups",
     "prune",
     "grid",
+    "budget",
     "scale",
     "clip",
     "threshold",

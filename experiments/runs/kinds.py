@@ -67,9 +67,9 @@ class Kind(abc.ABC):
     def first(self, dataset: Dataset, examples: Examples, count: int) -> jax.Array:
         """The first examples of a split as the model takes them, at most ``count``."""
 
-    def example(self, dataset: Dataset) -> jax.ShapeDtypeStruct | None:
+    @abc.abstractmethod
+    def example(self, config: RunConfig, dataset: Dataset) -> jax.ShapeDtypeStruct | None:
         """What :func:`fqt_jax.quantize` is told that the model is called with."""
-        return None
 
     @abc.abstractmethod
     def description(self, dataset: Dataset) -> dict[str, Any]:
@@ -120,6 +120,12 @@ class Images(Kind):
     def first(self, dataset: Dataset, examples: Examples, count: int) -> jax.Array:
         """Normalized."""
         return normalize(jnp.asarray(examples.first(count)), dataset.mean, dataset.std)
+
+    def example(self, config: RunConfig, dataset: Dataset) -> jax.ShapeDtypeStruct | None:
+        """An image, where entries of layers are counted; telling the order takes a trace."""
+        if config.budget != "model":
+            return None
+        return jax.ShapeDtypeStruct((1, *dataset.image_size, dataset.channels), jnp.float32)
 
     def description(self, dataset: Dataset) -> dict[str, Any]:
         """Size, view and normalization."""
@@ -184,7 +190,7 @@ class Text(Kind):
         """As they are."""
         return jnp.asarray(examples.first(count))
 
-    def example(self, dataset: Dataset) -> jax.ShapeDtypeStruct:
+    def example(self, config: RunConfig, dataset: Dataset) -> jax.ShapeDtypeStruct:
         """A sequence: without, the first product would be taken for the first layer."""
         return jax.ShapeDtypeStruct((1, *dataset.train.shape), jnp.uint8)
 

@@ -129,7 +129,8 @@ def build_task(
         float_model,
         recipe,
         implementation=config.implementation,
-        example=kind.example(dataset),
+        example=kind.example(config, dataset),
+        budget=config.budget or "layer",
         rngs=nnx.Rngs(config.seed + 1),
     )
     if checkpoint is not None:  # into the quantized model: it may hold learned scales

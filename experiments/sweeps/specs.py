@@ -66,11 +66,10 @@ def parse(axis: Axis, text: str) -> Spec:
 
     Args:
       axis: what ``NAME`` is the name of. A model takes the options width, stem and checkpoint; a
-        recipe bits, keep, sampler, importance, groups, prune, grid, scale, clip, one_draw and
-        stratify;
-        an optimizer learning_rate, weight_decay, momentum, schedule, warmup_epochs, cosine_epochs,
-        clip_norm and ema_decay; a data set these and all others, such as epochs, limit and
-        from_scratch.
+        recipe bits, keep, sampler, importance, groups, prune, grid, budget, scale, clip, one_draw
+        and stratify; an optimizer learning_rate, weight_decay, momentum, schedule, warmup_epochs,
+        cosine_epochs, clip_norm and ema_decay; a data set these and all others, such as epochs,
+        limit and from_scratch.
       text: the point. An option without a value is true. Without a label, the text is the label.
 
     Raises:
