@@ -61,7 +61,8 @@ class SpeedConfig:
         "qat",
         "full_precision",
     )
-    """The library's recipes; fqt1_one_draw draws the samples of its backward pass once a step."""
+    """The library's recipes; fqt1_one_draw draws the samples of its backward pass once a step, and
+    fqt1_budget and fqt1_plus_budget share the bits out among the layers."""
     implementations: tuple[str, ...] = ()
     """Of the kernels: names, or all for all that are available, the default of --check and
     --layers; the steps' default is auto, the best for each product."""

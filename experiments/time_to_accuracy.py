@@ -45,8 +45,9 @@ class TimeConfig(SweepConfig):
     from mnist5k."""
     contenders: tuple[str, ...] = ()
     """Who takes part, named as in experiments.speed: torch, torch_compile, torch_bf16,
-    torch_bf16_compile, jax, jax_bf16, full_precision, qat, psq1, fqt1, fqt1_plus, fqt1_one_draw.
-    The default is all but psq1 and full_precision, and those of PyTorch where it is installed."""
+    torch_bf16_compile, jax, jax_bf16, full_precision, qat, psq1, fqt1, fqt1_plus, fqt1_one_draw,
+    fqt1_budget, fqt1_plus_budget. The default is all but psq1, full_precision and the last two, and
+    those of PyTorch where it is installed."""
     targets: tuple[float, ...] = (90.0, 95.0, 97.0)
     """Accuracies on the test images in %; what the baseline ends with is added."""
     baseline: str | None = None
@@ -89,7 +90,8 @@ class TimeConfig(SweepConfig):
         """The contenders."""
         if self.contenders:
             return list(self.contenders)
-        usual = [*FLOATS[:-1], *(n for n in SPEED_RECIPES if n not in ("psq1", _FLOAT))]
+        even = (name for name, variant in SPEED_RECIPES.items() if variant.budget == "layer")
+        usual = [*FLOATS[:-1], *(name for name in even if name not in ("psq1", _FLOAT))]
         if missing() is not None:
             usual = [name for name in usual if not name.startswith("torch")]
         return usual
@@ -128,7 +130,7 @@ def _recipe(name: str) -> str:
 
 
 def _group(config: TimeConfig, task: Spec, model: Spec, recipe: str) -> Group:
-    spec = parse("recipe", {"fqt1_one_draw": "fqt1:one_draw"}.get(recipe, recipe))
+    spec = parse("recipe", SPEED_RECIPES[recipe].spec)
     task = dataclasses.replace(task, options={**task.options, "test_each_epoch": True})
     group = config.group({"dataset": task, "model": model, "recipe": spec})
     if group.base.learning_rate is not None:

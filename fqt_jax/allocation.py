@@ -1,23 +1,22 @@
 r"""Which part of its gradient each layer keeps, where its bits are those of the whole model.
 
-A layer that draws a fraction :math:`k` of its groups makes an error of about :math:`1/k` times the
-square of its gradient, and hands it down: it enters the weight gradients of that layer and of all
-in use before it. Let layer :math:`l` be the :math:`d_l`-th in use, with :math:`e_l` entries of
-:math:`b_l` bits. Keeping the fraction :math:`k_l` of each takes :math:`\sum_l b_l e_l k_l` bits. Of
-all fractions that take the same, these make the sum of errors, :math:`\sum_l d_l / k_l`, least:
+A layer that keeps the fraction :math:`k` of its groups makes the squared error that it is handed
+about :math:`1/k` times as large, and hands it down. What comes out below has grown by
+:math:`\prod_l 1 / k_l`. With :math:`e_l` entries of :math:`b_l` bits, layer :math:`l` spends
+:math:`b_l e_l k_l` of them; of all :math:`k` that spend the same altogether, the product is least
+where every layer spends as much as every other, or keeps all that it has:
 
-.. math:: k_l = \min\Big(1,\ c \sqrt{\frac{d_l}{b_l e_l}}\Big) .
+.. math:: k_l = \min\Big(1,\ \frac{c}{b_l e_l}\Big) .
 
-In a convolutional network the last layers have a thirtieth of the entries of the first: they keep
-nearly all for next to nothing, and what they hand down is nearly exact (``docs/estimators.md``,
-section 9).
+In a convolutional network the last layers have a thirtieth of the entries of the first. They keep
+all for next to nothing (``docs/estimators.md``, section 9).
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -30,20 +29,10 @@ Budget = Literal["layer", "model"]
 """What spends the bits of a recipe: each layer, or the model as a whole."""
 
 
-class InUse(NamedTuple):
-    """A layer in use.
+def count_entries(model: nnx.Module, example: Any) -> dict[str, int]:
+    """By path, the entries of a layer's output, over all its calls, of the layers in use.
 
-    Attributes:
-      place: how many layers are in use up to its first call, itself included.
-      entries: of its output, over all calls.
-    """
-
-    place: int
-    entries: int
-
-
-def layers_in_use(model: nnx.Module, example: Any) -> dict[str, InUse]:
-    """By path, the layers that a call of the model uses. Nothing is computed.
+    Nothing is computed.
 
     Args:
       model: the model; it stays as it is.
@@ -54,12 +43,11 @@ def layers_in_use(model: nnx.Module, example: Any) -> dict[str, InUse]:
     """
     graphdef, state = nnx.split(model)
     inputs = example if isinstance(example, tuple) else (example,)
-    found: dict[str, InUse] = {}
+    found: dict[str, int] = {}
 
     def observe(path: str, layer: Any, x: jax.Array, call: Call) -> jax.Array:
         y = call()
-        place, entries = found.get(path, InUse(len(found) + 1, 0))
-        found[path] = InUse(place, entries + y.size)
+        found[path] = found.get(path, 0) + y.size
         return y
 
     def refuse(path: str, layer: Any, x: jax.Array, call: Call) -> jax.Array:
@@ -75,37 +63,31 @@ def layers_in_use(model: nnx.Module, example: Any) -> dict[str, InUse]:
     return found
 
 
-def share(recipes: Mapping[str, Recipe], layers: Mapping[str, InUse]) -> dict[str, Recipe]:
-    """The recipes, with what each keeps so that all together spend as many bits as before.
+def share(recipes: Mapping[str, Recipe], entries: Mapping[str, int]) -> dict[str, Recipe]:
+    """The recipes with other fractions to keep, which altogether spend as many bits as before.
 
     Args:
       recipes: by path. Those that keep all of their gradient, or leave it in float, stay.
-      layers: those in use; a recipe of another layer stays too.
+      entries: of the layers in use; a recipe of another layer stays too.
 
     Returns:
       The recipes that changed.
 
     Example:
       >>> import fqt_jax as fqt
-      >>> layers = {"first": InUse(2, 16384), "second": InUse(4, 2048)}
-      >>> shared = share(dict.fromkeys(layers, fqt.FQT1), layers)
-      >>> {path: round(recipe.gradient.keep_fraction, 3) for path, recipe in shared.items()}
-      {'first': 0.188, 'second': 0.75}
+      >>> entries = {"first": 16384, "second": 4096, "third": 512}
+      >>> shared = share(dict.fromkeys(entries, fqt.FQT1), entries)
+      >>> {path: round(recipe.gradient.keep_fraction, 2) for path, recipe in shared.items()}
+      {'first': 0.14, 'second': 0.58, 'third': 1.0}
     """
     gradients = {
         path: recipe.gradient
         for path, recipe in recipes.items()
-        if path in layers
-        and layers[path].entries
-        and recipe.gradient is not None
-        and recipe.gradient.keep_fraction < 1
+        if entries.get(path) and recipe.gradient is not None and recipe.gradient.keep_fraction < 1
     }
-    if not gradients:
-        return {}
-    costs = np.array([q.bits * layers[path].entries for path, q in gradients.items()], float)
-    places = np.array([layers[path].place for path in gradients], float)
-    before = np.array([q.keep_fraction for q in gradients.values()])
-    keeps = _fractions(np.sqrt(places / costs), costs, float(costs @ before))
+    costs = np.array([q.bits * entries[path] for path, q in gradients.items()], float)
+    before = np.array([q.keep_fraction for q in gradients.values()], float)
+    keeps = np.minimum(1.0, _equal_part(costs, float(costs @ before)) / costs)
     return {
         path: dataclasses.replace(
             recipes[path], gradient=dataclasses.replace(quantizer, keep=float(keep))
@@ -114,13 +96,11 @@ def share(recipes: Mapping[str, Recipe], layers: Mapping[str, InUse]) -> dict[st
     }
 
 
-def _fractions(shares: np.ndarray, costs: np.ndarray, total: float) -> np.ndarray:
-    """``min(1, c shares)`` with the ``c`` at which they cost ``total``, less than all do."""
-    is_whole = np.zeros(len(shares), bool)
-    while True:
-        rest = ~is_whole
-        c = (total - costs[is_whole].sum()) / (costs[rest] @ shares[rest])
-        exceeds = rest & (c * shares >= 1)
-        if not exceeds.any():
-            return np.where(is_whole, 1.0, c * shares)
-        is_whole |= exceeds
+def _equal_part(costs: np.ndarray, total: float) -> float:
+    """The ``c`` at which the sum of ``min(costs, c)`` is ``total``, less than that of all costs."""
+    for i, cost in enumerate(np.sort(costs)):
+        part = total / (len(costs) - i)
+        if part <= cost:
+            return part
+        total -= cost
+    return 0.0  # there are none

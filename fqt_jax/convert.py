@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen, nnx
 
-from fqt_jax.allocation import Budget, InUse, layers_in_use, share
+from fqt_jax.allocation import Budget, count_entries, share
 from fqt_jax.layer_types import LAYER_TYPES, float_layers, quantized_layers, type_of
 from fqt_jax.modules import Place, find_modules
 from fqt_jax.recipe import FULL_PRECISION, Recipe, as_recipe
@@ -136,9 +136,10 @@ def quantize(
       example: what the model is called with, a batch or its shape and type, to tell the order in
         which its layers are used; a tuple is several arguments. Nothing is computed.
       budget: what spends the bits of ``recipe``. ``"layer"``: each layer keeps the same part of its
-        gradient. ``"model"``: all that no rule decides keep as many bits together, small layers
-        more of their gradients and large ones less (:mod:`fqt_jax.allocation`), which helps deep
-        networks whose layers differ in size. It takes an ``example``.
+        gradient. ``"model"``: all that no rule decides spend as many bits together, and each as
+        many as the others, so that small ones keep more and large ones less
+        (:mod:`fqt_jax.allocation`). That helps deep networks whose layers differ in size. It takes
+        an ``example``.
       unsupported: what happens to a layer that would be quantized but cannot be: an error, or it
         stays in float and the table says why. One that a rule quantizes is an error in any case.
       implementation: name of the kernels' implementation for all layers; ``None`` picks the best.
@@ -181,7 +182,7 @@ def quantize(
     ends = _defined_ends(places) if example is None else _ends_in_use(model, example)
     decided = _decide(places, recipe, rules, others, ends, unsupported)
     if budget == "model":
-        decided = _shared(decided, layers_in_use(model, example))
+        decided = _shared(decided, count_entries(model, example))
     if recipe.binary and not any(d.recipe.binary for d in decided):
         raise ValueError(
             "the rules and defaults leave every layer in full precision: name the layers to "
@@ -224,10 +225,10 @@ def _check_budget(budget: str, recipe: Recipe, example: Any) -> None:
         raise ValueError(f"budget='model' has no effect: the recipe prunes nothing ({recipe}).")
 
 
-def _shared(decided: list[ConvertedLayer], layers: dict[str, InUse]) -> list[ConvertedLayer]:
+def _shared(decided: list[ConvertedLayer], entries: dict[str, int]) -> list[ConvertedLayer]:
     """The same layers with the bits of those that no rule decided shared out."""
     recipes = {layer.path: layer.recipe for layer in decided if layer.reason == _DEFAULT}
-    shared = share(recipes, layers)
+    shared = share(recipes, entries)
     return [
         dataclasses.replace(layer, recipe=shared.get(layer.path, layer.recipe)) for layer in decided
     ]

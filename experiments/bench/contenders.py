@@ -14,13 +14,14 @@ import optax
 from flax import nnx
 
 from experiments.cli import UserError
+from fqt_jax.allocation import Budget
 from fqt_jax.convert import quantize
 from fqt_jax.diagnostics import LayerShape, layer_shapes
 from fqt_jax.estimators import Estimator, FullBatch, OneDraw
 from fqt_jax.kernels import check_implementation, implementations
 from fqt_jax.models import TOKEN_MODELS, create_model
 from fqt_jax.optimizers import OptimizerConfig
-from fqt_jax.recipe import FQT1, FULL_PRECISION, RECIPES, Recipe
+from fqt_jax.recipe import FQT1, FQT1_PLUS, FULL_PRECISION, RECIPES, Recipe
 from fqt_jax.training import CrossEntropy, create_state, make_train_step
 
 PHASES = ("forward", "forward_backward", "update", "total")
@@ -38,17 +39,29 @@ LEARNING_RATE = 1e-3
 
 
 class Variant(NamedTuple):
-    """A recipe, and the step's estimator with it."""
+    """A recipe and how it is used.
+
+    Attributes:
+      recipe: the recipe.
+      spec: the same as a point of a sweep (:mod:`experiments.sweeps.specs`).
+      estimator: of the step.
+      budget: what spends the recipe's bits; see :func:`fqt_jax.quantize`.
+    """
 
     recipe: Recipe
+    spec: str
     estimator: Estimator = FullBatch()
+    budget: Budget = "layer"
 
 
 SPEED_RECIPES: dict[str, Variant] = {
-    **{name: Variant(recipe) for name, recipe in RECIPES.items()},
-    "fqt1_one_draw": Variant(FQT1, OneDraw()),
+    **{name: Variant(recipe, name) for name, recipe in RECIPES.items()},
+    "fqt1_one_draw": Variant(FQT1, "fqt1:one_draw", OneDraw()),
+    "fqt1_budget": Variant(FQT1, "fqt1:budget=model", budget="model"),
+    "fqt1_plus_budget": Variant(FQT1_PLUS, "fqt1_plus:budget=model", budget="model"),
 }
-"""The named recipes, and FQT1 with samples drawn once a step."""
+"""The named recipes, FQT1 with samples drawn once a step, and two with the bits of the model as a
+whole."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +155,7 @@ class JaxContender:
       recipe: the recipe that the model is converted by; ``None`` leaves it as its user wrote it.
       implementation: of the kernels.
       estimator: of the step.
+      budget: what spends the recipe's bits.
       dtype: what the layers compute in; their parameters stay float32.
     """
 
@@ -151,11 +165,12 @@ class JaxContender:
         recipe: Recipe | None,
         implementation: str | None = None,
         estimator: Estimator = FullBatch(),
+        budget: Budget = "layer",
         dtype: Any = None,
     ):
         self.name = name
         self._recipe, self._implementation = recipe, implementation
-        self._estimator, self._dtype = estimator, dtype
+        self._estimator, self._budget, self._dtype = estimator, budget, dtype
 
     def build(self, setting: Setting) -> None:
         """See :class:`Contender`."""
@@ -170,6 +185,7 @@ class JaxContender:
                     model,
                     self._recipe,
                     example=setting.example,
+                    budget=self._budget,
                     implementation=self._implementation,
                 )
                 recipes.update((row.path, row.recipe) for row in table)
@@ -364,13 +380,13 @@ class Roster:
         ]
         everything = {contender.name: contender for contender in rivals}
         for name in recipes:
-            recipe, estimator = SPEED_RECIPES[name]
+            recipe, _, estimator, budget = SPEED_RECIPES[name]
             if not recipe.binary:
                 everything[name] = JaxContender(name, recipe)
                 continue
             for each in resolve_implementations(implementations) if implementations else [None]:
                 key = f"{name}/{each or 'auto'}"
-                everything[key] = JaxContender(key, recipe, each, estimator)
+                everything[key] = JaxContender(key, recipe, each, estimator, budget)
         for name in chosen:
             if name not in everything:
                 raise UserError(f"unknown contender {name!r}; known: {', '.join(everything)}.")
