@@ -75,6 +75,12 @@ CASES: list[tuple[str, str]] = [
     ("finetune --recipe qat --bits 4", "the recipe 'qat' does not quantize gradients"),
     ("finetune --recipe psq1 --one-draw", "prunes nothing: one_draw cannot be set"),
     ("finetune --one-draw --sampler bernoulli", "sampler has no effect"),
+    ("finetune --one-draw --budget model", "budget has no effect: one_draw draws by the loss"),
+    ("finetune --recipe psq1 --budget model", "budget has no effect: nothing is pruned"),
+    (
+        "finetune --model lstm --budget model --from-scratch --dataset mnist5k",
+        "budget='model' cannot count the entries of layer layers/0/",
+    ),
     ("finetune --recipe full_precision --diagnose", "diagnose needs a binary recipe"),
     ("finetune --stream yes --pad 2", "pad has no effect"),
     ("finetune --workers 2 --stream no", "workers have no effect"),

@@ -1,3 +1,4 @@
+import functools
 import json
 import math
 import pathlib
@@ -14,6 +15,7 @@ from experiments.bench import machine
 from experiments.bench import report as speed_report
 from experiments.bench.contenders import (
     PHASES,
+    SPEED_RECIPES,
     JaxContender,
     Roster,
     Setting,
@@ -25,7 +27,10 @@ from experiments.bench.contenders import (
 from experiments.bench.measure import measure
 from experiments.bench.steps import compare, measure_rss, measure_steps, summarize
 from experiments.cli import UserError
+from experiments.runs.config import RunConfig
+from experiments.sweeps.specs import parse
 from fqt_jax.kernels.contract import UnsupportedError
+from fqt_jax.models import MODELS, VGG
 from fqt_jax.recipe import FQT1, FULL_PRECISION
 
 TINY = Setting("vgg_small", 0.125, 4, 8)
@@ -139,6 +144,25 @@ def test_a_jax_contender_steps_and_its_parts_change_what_they_should():
     details = contender.details()
     assert details["memory"]["temp"] > 0
     json.dumps(details)
+
+
+@pytest.mark.parametrize("name", SPEED_RECIPES)
+def test_a_variant_is_what_a_sweep_calls_it(name):
+    variant = SPEED_RECIPES[name]
+    run = RunConfig(**parse("recipe", variant.spec).options)
+    assert run.build_recipe() == variant.recipe
+    assert run.build_estimator() == variant.estimator
+    assert (run.budget or "layer") == variant.budget
+
+
+def test_a_contender_shares_out_its_bits(monkeypatch):
+    monkeypatch.setitem(MODELS, "vgg_small", functools.partial(VGG, ((8,), (8,), (8,))))
+    names = ("fqt1", "fqt1_budget")
+    products = []
+    for contender in Roster(names, ["xla"], [f"{name}/xla" for name in names]).contenders:
+        contender.build(Setting("vgg_small", 0.125, 32, 16))
+        products.append(contender._products)
+    assert products[0] != products[1]
 
 
 def params(contender):
