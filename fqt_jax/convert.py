@@ -229,6 +229,11 @@ def _shared(decided: list[ConvertedLayer], entries: dict[str, int]) -> list[Conv
     """The same layers with the bits of those that no rule decided shared out."""
     recipes = {layer.path: layer.recipe for layer in decided if layer.reason == _DEFAULT}
     shared = share(recipes, entries)
+    if not shared:
+        raise ValueError(
+            "budget='model' has no effect: no layer in use gets the recipe by default; rules "
+            "decide all that are quantized."
+        )
     return [
         dataclasses.replace(layer, recipe=shared.get(layer.path, layer.recipe)) for layer in decided
     ]

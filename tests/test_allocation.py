@@ -116,6 +116,8 @@ def test_a_budget_without_effect_or_meaning_is_an_error():
         fqt.quantize(vgg(), fqt.FQT1, budget="model")
     with pytest.raises(ValueError, match="no effect: the recipe prunes nothing"):
         fqt.quantize(vgg(), fqt.QAT, example=image, budget="model")
+    with pytest.raises(ValueError, match="no effect: no layer in use gets the recipe by default"):
+        fqt.quantize(vgg(), fqt.FQT1, [(".*", fqt.FQT1)], example=image, budget="model")
     rows = LSTM(1, 8, num_classes=3, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"cannot count the entries of layer .* inside of a loop"):
         fqt.quantize(rows, fqt.FQT1, example=jnp.zeros((1, 32, 32, 3)), budget="model")
