@@ -13,7 +13,8 @@ import pytest
 from flax import nnx
 
 import fqt_jax as fqt
-from fqt_jax import sequential
+from fqt_jax import kernels, sequential
+from fqt_jax.binarize import PackedBits
 from fqt_jax.fused import chain
 
 LEARNED = dataclasses.replace(fqt.QAT, scale="learned")
@@ -292,13 +293,29 @@ def test_the_fused_form_keeps_bits_and_sums_only(monkeypatch, implementation):
         leaves = jax.tree.leaves(jax.jit(lambda params: jax.vjp(run, params)[1])(params))
         return sorted(a.dtype.name for a in leaves if a.shape[:1] == (16,) and a.size > 16 * 100)
 
-    # The input; bits are too small to be counted. Sums of few products are computed again.
+    # The input; bits are too small to be counted. Sums of few products are computed again, but not
+    # where the processor has to look them up.
+    monkeypatch.setattr(chain, "_looks_up", lambda *_: False)
     assert kept(params) == ["float32"]
-    with monkeypatch.context() as patch:
-        patch.setattr(chain, "_FEW_PRODUCTS", 0)
-        assert kept(params) == ["float32", *["int16"] * 3]
+    for name, value in (("_FEW_PRODUCTS", 0), ("_looks_up", lambda *_: True)):
+        with monkeypatch.context() as patch:
+            patch.setattr(chain, name, value)
+            assert kept(params) == ["float32", *["int16"] * 3]
     with in_turn(monkeypatch):
         assert kept(params).count("float32") > 6
+
+
+@pytest.mark.skipif(kernels.native.unavailable() is not None, reason="no native kernels")
+@pytest.mark.parametrize("features", [5, 64])
+@pytest.mark.parametrize("n", [0, 3])
+def test_what_is_looked_up_is_what_the_kernels_say(features, n):
+    window = kernels.Window((3, 3), (1, 1), ((1, 1), (1, 1)))
+    x = PackedBits.pack(jnp.ones((n, 8, 8, features), bool))
+    w = PackedBits.pack(jnp.ones((3, 3, features, 64), bool), batch_ndim=0)
+    form = kernels.native.product_form("forward", (n, 8, 8, features), 64, window)
+    for implementation in (None, "native"):
+        assert chain._looks_up(x, w, window, implementation) == (form == "look_up")
+    assert not chain._looks_up(x, w, window, "xla")
 
 
 @pytest.mark.slow
@@ -637,6 +654,7 @@ def test_a_layer_norm_keeps_no_float_of_the_hidden_layer(monkeypatch):
         kept = [leaf for leaf in jax.tree.leaves(vjp) if leaf.shape[:1] == (50,)]
         return [leaf.dtype.name for leaf in kept if leaf.shape[-1] == 40]
 
+    monkeypatch.setattr(chain, "_looks_up", lambda *_: False)
     assert not hidden()
     monkeypatch.setattr(chain, "_FEW_PRODUCTS", 0)
     assert set(hidden()) == {"int16"}
@@ -647,6 +665,7 @@ def test_a_layer_norm_keeps_no_float_of_the_hidden_layer(monkeypatch):
 def test_sums_that_are_computed_again_change_no_bit(monkeypatch, recipe, make):
     net = make([recipe] * 3) if make is network else make(recipe)
     x = images(16, 16) if make is network else jax.random.normal(jax.random.key(1), (50, 8))
+    monkeypatch.setattr(chain, "_looks_up", lambda *_: False)
     again = value_and_grads(net, x)
     monkeypatch.setattr(chain, "_FEW_PRODUCTS", 0)
     for got, expected in zip(

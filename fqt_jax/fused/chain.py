@@ -34,11 +34,12 @@ import jax
 import jax.numpy as jnp
 
 from fqt_jax import kernels
+from fqt_jax.binarize import PackedBits
 from fqt_jax.fused.float_conv import float_conv
 from fqt_jax.fused.gaps import GapGradient, encode, function_of, gap_gradient
-from fqt_jax.fused.parts import Chain, Gap, GapParams, Kept, Operands, Statistics, Weights
+from fqt_jax.fused.parts import Chain, Gap, GapParams, Kept, Operands, Statistics
 from fqt_jax.fused.product import encode_weights, finish_weights, product_gradients
-from fqt_jax.kernels import Line
+from fqt_jax.kernels import Line, native
 from fqt_jax.sharding import vary, varying_axes, varying_together
 
 _FEW_PRODUCTS = 3 * 3 * 64
@@ -114,7 +115,7 @@ def _run_fwd(
         scale = scale + jnp.where(jnp.isnan(total), jnp.float32(jnp.nan), 0.0)
         source = kernels.forward(signs, w_signs, link.window, implementation=implementation)
         is_needed = _has_gradient(chain, operands.params, i + 1)
-        is_kept = is_needed and not _is_cheap(operands.weights[i])
+        is_kept = is_needed and not _is_cheap(signs, w_signs, link.window, implementation)
         kept.sums.append(source if is_kept else None)
         kept.signs.append(signs)
         kept.clips.append(clip if link.recipe.clip else None)
@@ -161,9 +162,28 @@ def _has_gradient(chain: Chain, params: list[GapParams], i: int) -> bool:
     return not is_last or params[i].bias is not None or chain.links[-1].recipe.scale != "none"
 
 
-def _is_cheap(weights: Weights) -> bool:
-    """Whether the backward pass computes the sums of a product again, rather than keep them."""
-    return math.prod(weights.kernel.shape[:-1]) <= _FEW_PRODUCTS
+def _is_cheap(
+    x: PackedBits, w: PackedBits, window: kernels.Window, implementation: str | None
+) -> bool:
+    """Whether the backward pass computes the sums of a product again, rather than keep them.
+
+    Not where the processor has no fast way to them: twice would be a tenth of a VGG-16's step.
+    """
+    is_short = math.prod(w.shape[:-1]) <= _FEW_PRODUCTS
+    return is_short and not _looks_up(x, w, window, implementation)
+
+
+def _looks_up(
+    x: PackedBits, w: PackedBits, window: kernels.Window, implementation: str | None
+) -> bool:
+    """Whether native kernels look a product up, rather than count its bits or take matrix tiles."""
+    if implementation not in (None, "native") or jax.default_backend() != "cpu":
+        return False
+    x_shape = (x.words.shape[0], *x.shape)
+    return (
+        native.unavailable() is None
+        and native.product_form("forward", x_shape, w.shape[-1], window) == "look_up"
+    )
 
 
 def _after(grads: Sequence[jax.Array], tree: Any) -> Any:

@@ -25,7 +25,7 @@ from fqt_jax.samplers import Selection
 
 
 def product_form(
-    product: str, x_shape: tuple[int, ...], o: int, window: Window, rounding: Rounding | None
+    product: str, x_shape: tuple[int, ...], o: int, window: Window, rounding: Rounding | None = None
 ) -> str:
     """How the native kernels compute an integer product here: which of their forms is the fastest.
 
