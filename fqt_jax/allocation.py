@@ -15,51 +15,34 @@ all for next to nothing (``docs/estimators.md``, section 9).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Literal
+import math
+from collections.abc import Iterable, Mapping
+from typing import Literal
 
-import jax
 import numpy as np
-from flax import nnx
 
 from fqt_jax.recipe import Recipe
-from fqt_jax.tapping import Call, tapped
+from fqt_jax.tapping import LayerCall
 
 Budget = Literal["layer", "model"]
 """What spends the bits of a recipe: each layer, or the model as a whole."""
 
 
-def count_entries(model: nnx.Module, example: Any) -> dict[str, int]:
-    """By path, the entries of a layer's output, over all its calls, of the layers in use.
-
-    Nothing is computed.
-
-    Args:
-      model: the model; it stays as it is.
-      example: what it is called with, or the shape and type of that; a tuple is several arguments.
+def count_entries(calls: Iterable[LayerCall]) -> dict[str, int]:
+    """By path, the entries of a layer's output over all its calls
+    (:func:`fqt_jax.tapping.layer_calls`).
 
     Raises:
       ValueError: a layer is called inside of a loop, whose steps cannot be counted.
     """
-    graphdef, state = nnx.split(model)
-    inputs = example if isinstance(example, tuple) else (example,)
     found: dict[str, int] = {}
-
-    def observe(path: str, layer: Any, x: jax.Array, call: Call) -> jax.Array:
-        y = call()
-        found[path] = found.get(path, 0) + y.size
-        return y
-
-    def refuse(path: str, layer: Any, x: jax.Array, call: Call) -> jax.Array:
-        raise ValueError(
-            f"budget='model' cannot count the entries of layer {path}: it is called inside of a "
-            "loop, such as nnx.scan, or another transformation."
-        )
-
-    def run(state: Any, inputs: tuple[Any, ...]) -> Any:
-        return tapped(nnx.merge(graphdef, state, copy=True), observe, refuse)(*inputs)
-
-    jax.eval_shape(run, state, inputs)
+    for call in calls:
+        if call.is_inside:
+            raise ValueError(
+                f"budget='model' cannot count the entries of layer {call.path}: it is called "
+                "inside of a loop, such as nnx.scan, or another transformation."
+            )
+        found[call.path] = found.get(call.path, 0) + math.prod(call.shape)
     return found
 
 
@@ -83,7 +66,7 @@ def share(recipes: Mapping[str, Recipe], entries: Mapping[str, int]) -> dict[str
     gradients = {
         path: recipe.gradient
         for path, recipe in recipes.items()
-        if entries.get(path) and recipe.gradient is not None and recipe.gradient.keep_fraction < 1
+        if entries.get(path) and recipe.prunes and recipe.gradient is not None
     }
     costs = np.array([q.bits * entries[path] for path, q in gradients.items()], float)
     before = np.array([q.keep_fraction for q in gradients.values()], float)

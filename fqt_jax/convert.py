@@ -18,7 +18,7 @@ from fqt_jax.layer_types import LAYER_TYPES, float_layers, quantized_layers, typ
 from fqt_jax.modules import Place, find_modules
 from fqt_jax.recipe import FULL_PRECISION, Recipe, as_recipe
 from fqt_jax.sequential import fuse_sequences, fusion, one_sided
-from fqt_jax.tapping import Call, tapped
+from fqt_jax.tapping import LayerCall, layer_calls
 from fqt_jax.text import format_table
 
 Rules = Sequence[tuple[str, Recipe | str]]
@@ -179,10 +179,14 @@ def quantize(
     if not places:
         kinds = ", ".join(each.kind for each in LAYER_TYPES)
         raise ValueError(f"{type(model).__name__} has no layer that can be quantized ({kinds}).")
-    ends = _defined_ends(places) if example is None else _ends_in_use(model, example)
+    calls: list[LayerCall] = []
+    ends = _defined_ends(places)
+    if example is not None:
+        calls, outputs = layer_calls(model, example)
+        ends = _ends_in_use(calls, outputs, example)
     decided = _decide(places, recipe, rules, others, ends, unsupported)
     if budget == "model":
-        decided = _shared(decided, count_entries(model, example))
+        decided = _shared(decided, count_entries(calls))
     if recipe.binary and not any(d.recipe.binary for d in decided):
         raise ValueError(
             "the rules and defaults leave every layer in full precision: name the layers to "
@@ -221,7 +225,7 @@ def _check_budget(budget: str, recipe: Recipe, example: Any) -> None:
             "budget='model' needs an example of what the model is called with: the entries of its "
             "layers are counted."
         )
-    if recipe.gradient is None or recipe.gradient.keep_fraction == 1:
+    if not recipe.prunes:
         raise ValueError(f"budget='model' has no effect: the recipe prunes nothing ({recipe}).")
 
 
@@ -275,35 +279,22 @@ def _defined_ends(places: list[Place]) -> dict[str | None, str]:
     return {next(dense, None): "classifier", places[0].path: "first layer"}
 
 
-def _ends_in_use(model: Any, example: Any) -> dict[str | None, str]:
+def _ends_in_use(calls: list[LayerCall], outputs: Any, example: Any) -> dict[str | None, str]:
     """The paths of the first and of the last layer in use, and what they are.
 
     The first counts where the model is given floats, and not, say, tokens, which an embedding
     takes; the last where its features are those of an output, and not, say, those of an embedding
     that is used once more.
     """
-    graphdef, state = nnx.split(model)
-    inputs = example if isinstance(example, tuple) else (example,)
-    calls: list[tuple[str, int]] = []
-
-    def observe(path: str, layer: Any, x: jax.Array, call: Call) -> jax.Array:
-        y = call()
-        calls.append((path, y.shape[-1]))
-        return y
-
-    def run(state: Any, inputs: tuple[Any, ...]) -> Any:
-        return tapped(nnx.merge(graphdef, state, copy=True), observe, observe)(*inputs)
-
-    outputs = jax.eval_shape(run, state, inputs)
     ends: dict[str | None, str] = {}
-    if calls and any(leaf.shape[-1:] == calls[-1][1:] for leaf in jax.tree.leaves(outputs)):
-        ends[calls[-1][0]] = "last layer"
+    if calls and any(leaf.shape[-1:] == calls[-1].shape[-1:] for leaf in jax.tree.leaves(outputs)):
+        ends[calls[-1].path] = "last layer"
     if calls and any(
         jnp.issubdtype(leaf.dtype, jnp.floating)
-        for leaf in jax.tree.leaves(inputs)
+        for leaf in jax.tree.leaves(example)
         if hasattr(leaf, "dtype")
     ):
-        ends[calls[0][0]] = "first layer"
+        ends[calls[0].path] = "first layer"
     return ends
 
 

@@ -249,6 +249,11 @@ class Recipe:
         """Whether the weight scale is a parameter."""
         return self.scale in ("learned", "learned_from_one")
 
+    @property
+    def prunes(self) -> bool:
+        """Whether it leaves out groups of the gradient."""
+        return self.gradient is not None and self.gradient.keep_fraction < 1
+
     def unpruned(self) -> Recipe:
         """The same recipe with nothing pruned, for gradients of rows that were drawn already.
 

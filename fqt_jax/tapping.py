@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -46,6 +46,46 @@ def tapped(model: nnx.Module, observe: Observe, inside: Observe | None = None) -
     for place in all_layers(model):
         model = place.put(model, _Tap(place.module, functools.partial(see, place.path)))
     return model
+
+
+class LayerCall(NamedTuple):
+    """A call of a layer.
+
+    Attributes:
+      path: where the layer stands in the model.
+      shape: of its output.
+      is_inside: whether it is inside of a loop or another transformation, such as ``nnx.scan``;
+        then it stands for calls of which nobody knows the number.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    is_inside: bool
+
+
+def layer_calls(model: nnx.Module, example: Any) -> tuple[list[LayerCall], Any]:
+    """The calls of a model's layers in their order, and the shapes and types of its outputs.
+
+    Nothing is computed.
+
+    Args:
+      model: the model; it stays as it is.
+      example: what it is called with, or the shape and type of that; a tuple is several arguments.
+    """
+    graphdef, state = nnx.split(model)
+    inputs = example if isinstance(example, tuple) else (example,)
+    calls: list[LayerCall] = []
+
+    def see(is_inside: bool, path: str, layer: Any, x: jax.Array, call: Call) -> jax.Array:
+        y = call()
+        calls.append(LayerCall(path, y.shape, is_inside))
+        return y
+
+    def run(state: Any, inputs: tuple[Any, ...]) -> Any:
+        observe, inside = (functools.partial(see, is_inside) for is_inside in (False, True))
+        return tapped(nnx.merge(graphdef, state, copy=True), observe, inside)(*inputs)
+
+    return calls, jax.eval_shape(run, state, inputs)
 
 
 class _Tap(nnx.Module):

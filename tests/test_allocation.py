@@ -11,6 +11,7 @@ import fqt_jax as fqt
 from fqt_jax import GradientQuantizer, Recipe
 from fqt_jax.allocation import count_entries, share
 from fqt_jax.models import LSTM, VGG
+from fqt_jax.tapping import layer_calls
 
 layers = st.lists(
     st.tuples(st.integers(1, 10**6), st.integers(1, 8), st.floats(0.01, 0.99)),
@@ -79,7 +80,10 @@ class Reused(nnx.Module):
 
 
 def test_layers_are_counted_as_often_as_they_are_called():
-    assert count_entries(Reused(nnx.Rngs(0)), jnp.zeros((3, 4))) == {"first": 24, "twice": 48}
+    assert count_entries(layer_calls(Reused(nnx.Rngs(0)), jnp.zeros((3, 4)))[0]) == {
+        "first": 24,
+        "twice": 48,
+    }
 
 
 def vgg() -> VGG:
@@ -93,7 +97,7 @@ def test_a_model_spends_the_bits_of_its_recipe_on_other_layers():
     assert kept == sorted(kept)
     assert kept[0] < 0.25 < kept[-1]
     recipes = {layer.path: layer.recipe for layer in table if layer.recipe.gradient}
-    entries = count_entries(vgg(), image)
+    entries = count_entries(layer_calls(vgg(), image)[0])
     total = sum(entries[path] for path in recipes)
     assert bits_of(recipes, entries) / total == pytest.approx(1.0)
 

@@ -264,9 +264,8 @@ class RunConfig:
 
     def _check_pruning(self, recipe: Recipe) -> None:
         """Checks that layers prune, where an option is about how they do."""
-        prunes = recipe.gradient is not None and recipe.gradient.keep_fraction < 1
         for name in _given(self, ("sampler", "importance", "budget")):
-            if self.one_draw or not prunes:
+            if self.one_draw or not recipe.prunes:
                 why = "one_draw draws by the loss" if self.one_draw else "nothing is pruned"
                 raise UserError(f"{name} has no effect: {why}.")
 
@@ -274,10 +273,10 @@ class RunConfig:
         """The step's estimator: with one draw, of the fraction that the recipe keeps."""
         if not self.one_draw:
             return FullBatch()
-        gradient = self.build_recipe().gradient
-        if gradient is None or gradient.keep_fraction == 1:
+        recipe = self.build_recipe()
+        if recipe.gradient is None or not recipe.prunes:
             raise UserError(f"the recipe {self.recipe!r} prunes nothing: one_draw cannot be set.")
-        return OneDraw(keep=gradient.keep_fraction, scope=self.draw_from or "shard")
+        return OneDraw(keep=recipe.gradient.keep_fraction, scope=self.draw_from or "shard")
 
     @property
     def variant(self) -> str:

@@ -40,6 +40,7 @@ from fqt_jax.fused.gaps import GapGradient, encode, function_of, gap_gradient
 from fqt_jax.fused.parts import Chain, Gap, GapParams, Kept, Operands, Statistics
 from fqt_jax.fused.product import encode_weights, finish_weights, product_gradients
 from fqt_jax.kernels import Line, native
+from fqt_jax.kernels.dispatch import routes
 from fqt_jax.sharding import vary, varying_axes, varying_together
 
 _FEW_PRODUCTS = 3 * 3 * 64
@@ -177,13 +178,11 @@ def _looks_up(
     x: PackedBits, w: PackedBits, window: kernels.Window, implementation: str | None
 ) -> bool:
     """Whether native kernels look a product up, rather than count its bits or take matrix tiles."""
-    if implementation not in (None, "native") or jax.default_backend() != "cpu":
+    served = dict(routes("forward", implementation, (x, w), {"window": window}))
+    if served.get(jax.default_backend()) != "native":
         return False
     x_shape = (x.words.shape[0], *x.shape)
-    return (
-        native.unavailable() is None
-        and native.product_form("forward", x_shape, w.shape[-1], window) == "look_up"
-    )
+    return native.product_form("forward", x_shape, w.shape[-1], window) == "look_up"
 
 
 def _after(grads: Sequence[jax.Array], tree: Any) -> Any:
