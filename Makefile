@@ -49,7 +49,7 @@ PRELOAD = $(shell $(CXX) -print-file-name=libasan.so):$(shell $(CXX) -print-file
 CASES ?= 300
 SPOILT ?= 20000
 SANITIZED ?= tests/kernels/test_native.py tests/kernels/test_bad_calls.py tests/kernels/test_transforms.py \
-  tests/kernels/test_float_conv.py tests/test_adam.py
+  tests/kernels/test_float_conv.py tests/kernels/test_draws.py tests/test_adam.py
 
 sanitize: $(VENV)/.sanitize
 	mkdir -p build/sanitize

@@ -41,8 +41,8 @@ from fqt_jax.recipe import recipe_by_name as recipe_by_name
 from fqt_jax.rounding import stochastic_round as stochastic_round
 from fqt_jax.samplers import SAMPLERS as SAMPLERS
 from fqt_jax.samplers import Sampler as Sampler
-from fqt_jax.samplers import Selection as Selection
 from fqt_jax.samplers import keep_probabilities as keep_probabilities
+from fqt_jax.selection import Selection as Selection
 from fqt_jax.sequential import Sequential as Sequential
 
 __version__ = "0.1.0"

@@ -12,9 +12,9 @@ from fqt_jax.grids import GRIDS
 from fqt_jax.importance import GroupStatistics, sum_of_squares
 from fqt_jax.kernels.contract import Rounding
 from fqt_jax.pruning import draw_groups
-from fqt_jax.recipe import GradientQuantizer, GroupAxis, Grouping
+from fqt_jax.recipe import GradientQuantizer, Grouping
 from fqt_jax.rounding import clamp_range
-from fqt_jax.samplers import Selection
+from fqt_jax.selection import GroupAxis, Selection
 
 _AXES: dict[GroupAxis, int] = {"samples": 0, "channels": 1}
 """Of the minima and maxima of (sample, channel) pairs."""

@@ -20,7 +20,8 @@ from fqt_jax.binarize import check_float
 from fqt_jax.importance import GroupStatistics, Importance
 from fqt_jax.recipe import GradientQuantizer
 from fqt_jax.rounding import seeds_from_key
-from fqt_jax.samplers import Sampler, SamplerName, Selection, as_sampler
+from fqt_jax.samplers import Sampler, SamplerName, as_sampler
+from fqt_jax.selection import Selection
 
 
 def draw(

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple, get_args
 from fqt_jax.grids import GRIDS, Grid
 from fqt_jax.importance import IMPORTANCES, Importance
 from fqt_jax.samplers import SAMPLERS, Sampler, SamplerName, as_sampler
+from fqt_jax.selection import GroupAxis
 
 Groups = Literal["sample_channel", "sample", "tensor"]
 Prune = Literal["channels", "shared"]
@@ -19,7 +20,6 @@ Weights = Literal["binary", "float"]
 
 Product = Literal["input", "weight"]
 """The two products of a backward pass: the input gradient's and the weight gradient's."""
-GroupAxis = Literal["samples", "channels"]
 
 
 def _check_choice(field: str, value: object, choices: Collection[object]) -> None:

@@ -11,9 +11,10 @@ gradient of the output (:class:`~fqt_jax.kernels.contract.Rounding`):
 
 A dense layer is a convolution of one position with a 1x1 window. What stands between two products
 is :mod:`fqt_jax.kernels.transforms`, or :mod:`fqt_jax.kernels.normed` with a layer norm; what stays
-float, :mod:`fqt_jax.kernels.floats` and :mod:`fqt_jax.kernels.attention`. Each is
-served by several implementations (:mod:`fqt_jax.kernels.dispatch`), of which ``xla`` has all. They
-agree exactly on codes and integer sums, and to a few ulp on float results.
+float, :mod:`fqt_jax.kernels.floats` and :mod:`fqt_jax.kernels.attention`; which groups of a
+gradient the products take, :mod:`fqt_jax.kernels.draws`. Each is served by several implementations
+(:mod:`fqt_jax.kernels.dispatch`), of which ``xla`` has all. They agree exactly on codes and integer
+sums, and to a few ulp on float results.
 """
 
 from fqt_jax.kernels import native, packed, pallas, xla
@@ -25,6 +26,9 @@ from fqt_jax.kernels.contract import Window as Window
 from fqt_jax.kernels.dispatch import check_implementation as check_implementation
 from fqt_jax.kernels.dispatch import implementations as implementations
 from fqt_jax.kernels.dispatch import register
+from fqt_jax.kernels.draws import Units as Units
+from fqt_jax.kernels.draws import systematic as systematic
+from fqt_jax.kernels.draws import water_filling as water_filling
 from fqt_jax.kernels.floats import adam as adam
 from fqt_jax.kernels.floats import float_conv as float_conv
 from fqt_jax.kernels.floats import float_conv_input_grad as float_conv_input_grad

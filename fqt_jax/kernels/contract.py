@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fqt_jax.binarize import PackedBits
-from fqt_jax.recipe import GroupAxis
-from fqt_jax.samplers import Selection
+from fqt_jax.selection import GroupAxis, Selection
 
 Pair = tuple[int, int]
 

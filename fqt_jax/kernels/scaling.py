@@ -20,7 +20,7 @@ from jax import lax
 from fqt_jax.binarize import PackedBits
 from fqt_jax.kernels.contract import Pair, Rounding, Window, exceeds_int32
 from fqt_jax.rounding import code_scale, flat_index, round_to_codes
-from fqt_jax.samplers import Selection
+from fqt_jax.selection import Selection
 
 
 def per_sample(a: jax.Array) -> jax.Array:

@@ -20,12 +20,12 @@ import dataclasses
 from typing import TYPE_CHECKING, Literal
 
 from fqt_jax.samplers.base import Sampler as Sampler
-from fqt_jax.samplers.base import Selection as Selection
 from fqt_jax.samplers.bernoulli import Bernoulli as Bernoulli
 from fqt_jax.samplers.probabilities import keep_probabilities as keep_probabilities
 from fqt_jax.samplers.systematic import Systematic as Systematic
 from fqt_jax.samplers.topk import TopK as TopK
 from fqt_jax.samplers.uniform import Uniform as Uniform
+from fqt_jax.selection import Selection as Selection
 
 SAMPLERS: dict[str, Sampler] = {
     str(sampler): sampler for sampler in (Systematic(), Bernoulli(), Uniform(), TopK())

@@ -8,38 +8,14 @@ import functools
 from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
 from fqt_jax.importance import IMPORTANCES, GroupStatistics, Importance
 from fqt_jax.samplers.probabilities import keep_probabilities
+from fqt_jax.selection import Selection
 
 Float = npt.NDArray[np.float64]
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["indices", "weights"], meta_fields=["size"]
-)
-@dataclasses.dataclass(frozen=True)
-class Selection:
-    """The groups that were kept.
-
-    Attributes:
-      indices: ``int32[k]``, distinct and increasing.
-      weights: ``float32[k]``, what each kept group is multiplied by. A weight of zero marks a
-        slot that is not used (the Bernoulli sampler keeps a random number of groups but shapes
-        are static): that group counts as dropped.
-      size: the number of groups drawn from; static.
-    """
-
-    indices: jax.Array
-    weights: jax.Array
-    size: int
-
-    def expand(self) -> jax.Array:
-        """The weight of every group, ``float32[size]``, zero where it was dropped."""
-        return jnp.zeros(self.size, jnp.float32).at[self.indices].set(self.weights)
 
 
 @dataclasses.dataclass(frozen=True)

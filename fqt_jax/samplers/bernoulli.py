@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fqt_jax.kernels import Units
 from fqt_jax.rounding import counter_bits
-from fqt_jax.samplers.base import Float, Sampler, Selection
-from fqt_jax.samplers.probabilities import Units
+from fqt_jax.samplers.base import Float, Sampler
+from fqt_jax.selection import Selection
 
 
 @dataclasses.dataclass(frozen=True)

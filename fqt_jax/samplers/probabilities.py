@@ -1,15 +1,15 @@
-"""Keep probabilities by water-filling, and as whole numbers that can be summed exactly."""
+"""Keep probabilities by water-filling."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from fqt_jax import kernels
 from fqt_jax.binarize import check_float
-
-_UNIT = 2.0**32
+from fqt_jax.kernels.xla.draws import water_filling
 
 
 def keep_probabilities(importance: jax.Array, k: int | jax.Array) -> jax.Array:
@@ -41,50 +41,16 @@ def keep_probabilities(importance: jax.Array, k: int | jax.Array) -> jax.Array:
     n = importance.shape[0]
     if isinstance(k, int) and not 0 <= k <= n:
         raise ValueError(f"k must be from 0 to the number of groups, {n}; got {k}.")
-    if n == 0:
-        return importance.astype(jnp.float32)
-    r = importance.astype(jnp.float32)
-    ordered = -jnp.sort(-r)
-    # In units of the k-th largest, so that no span of importance underflows where it matters.
-    # What exceeds n such units is capped at one however large it is.
-    unit = ordered[jnp.clip(jnp.asarray(k, jnp.int32) - 1, 0, n - 1)]
-    unit = jnp.maximum(unit, jnp.float32(jnp.finfo(jnp.float32).tiny))
-    r, ordered = (jnp.minimum(v / unit, jnp.float32(2 * n)) for v in (r, ordered))
-    k = jnp.asarray(k, jnp.float32)
-    tail = jnp.cumsum(ordered[::-1])[::-1]  # tail[m] = sum of all but the m largest
-    m = jnp.arange(n, dtype=jnp.float32)
-    # The m largest are capped at one, where m is the first count whose c = (k - m) / tail[m] caps
-    # no further group.
-    fits = (m < k) & ((k - m) * ordered <= tail)
-    first = jnp.argmax(fits)
-    c = (k - m[first]) / jnp.maximum(tail[first], jnp.float32(jnp.finfo(jnp.float32).tiny))
-    p = jnp.minimum(1.0, c * r)
-    positive = jnp.sum(r > 0, dtype=jnp.float32)
-    spread = (k - positive) / jnp.maximum(n - positive, 1.0)
-    p = jnp.where(positive <= k, jnp.where(r > 0, 1.0, spread), p)
-    p = jnp.where(k == 0, 0.0, p)
-    return jnp.where(jnp.isnan(tail[0]), jnp.nan, p).astype(jnp.float32)
+    return _water_filling(importance.astype(jnp.float32), jnp.asarray(k, jnp.int32))
 
 
-class Units(NamedTuple):
-    """Keep probabilities in units of 2^-32, so that sums of many small ones lose nothing.
+@jax.custom_jvp
+def _water_filling(importance: jax.Array, k: jax.Array) -> jax.Array:
+    return kernels.water_filling(importance, k)
 
-    Attributes:
-      certain: ``bool[n]``, where the probability is one.
-      units: ``uint32[n]``, zero where it is certain.
-      weights: ``float32[n]``, the inverse of the probability as it was rounded to units, which
-        keeps the estimate unbiased. NaN where the probability is.
-    """
 
-    certain: jax.Array
-    units: jax.Array
-    weights: jax.Array
-
-    @classmethod
-    def of(cls, p: jax.Array) -> Units:
-        """Rounds probabilities to units; those that are positive stay so."""
-        certain = p >= 1
-        units = jnp.where(certain, 0.0, p * _UNIT).astype(jnp.uint32)
-        units = jnp.where((p > 0) & ~certain, jnp.maximum(units, 1), units)
-        weights = jnp.where(certain, 1.0, _UNIT / jnp.maximum(units, 1).astype(jnp.float32))
-        return cls(certain, units, jnp.where(jnp.isnan(p), jnp.nan, weights))
+@_water_filling.defjvp
+def _water_filling_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """By XLA's own derivatives: a kernel has none."""
+    (importance, k), (slope, _) = primals, tangents
+    return jax.jvp(lambda r: water_filling(r, k, platform="any"), (importance,), (slope,))

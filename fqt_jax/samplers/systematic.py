@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from fqt_jax.samplers.base import Float, Sampler, Selection
-from fqt_jax.samplers.probabilities import Units
+from fqt_jax import kernels
+from fqt_jax.samplers.base import Float, Sampler
+from fqt_jax.selection import Selection
 
 _ROUNDING = 1e-6
 """Keep probabilities come as float32: their running sums are whole numbers only up to this."""
@@ -27,16 +27,9 @@ class Systematic(Sampler):
 
     def draw(self, p: jax.Array, k: int, seed: jax.Array) -> Selection:
         """One draw; see the class."""
-        certain, units, weights = Units.of(p)
-        # A point falls where the running sum of fractions wraps around.
-        running = seed[0] + jnp.cumsum(units, dtype=jnp.uint32)
-        kept = certain | (running < units)
-        # Rounding of the units can make the count k + 1 or k - 1, about once in 10^5 draws: the
-        # last is then dropped, or a slot is left with weight zero.
-        order = jnp.argsort(~kept, stable=True)[:k]
-        indices = jnp.sort(order).astype(jnp.int32)
-        selected = kept[indices] | jnp.isnan(p[indices])
-        return Selection(indices, jnp.where(selected, weights[indices], 0.0), p.shape[0])
+        # Nothing of a draw has a derivative. Rounding of the probabilities can make the count k + 1
+        # or k - 1, about once in 10^5 draws: the last is then dropped, or a slot has weight zero.
+        return kernels.systematic(jax.lax.stop_gradient(p).astype("float32"), k, seed)
 
     def outcomes(self, p: Float, *, draws: int = 256, seed: int = 0) -> tuple[Float, Float]:
         r"""Every outcome, of which there are no more than groups; ``draws`` has no effect.

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from fqt_jax.importance import GroupStatistics, Importance, largest_entry
-from fqt_jax.samplers.base import Sampler, Selection
+from fqt_jax.samplers.base import Sampler
+from fqt_jax.selection import Selection
 
 
 @dataclasses.dataclass(frozen=True)

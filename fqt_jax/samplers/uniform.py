@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fqt_jax.rounding import counter_bits
-from fqt_jax.samplers.base import Float, Sampler, Selection
+from fqt_jax.samplers.base import Float, Sampler
+from fqt_jax.selection import Selection
 
 
 @dataclasses.dataclass(frozen=True)

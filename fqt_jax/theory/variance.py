@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fqt_jax.grids import GRIDS, Grid
-from fqt_jax.recipe import GradientQuantizer, GroupAxis, Product
+from fqt_jax.recipe import GradientQuantizer, Product
 from fqt_jax.rounding import MIN_RANGE
 from fqt_jax.samplers import Sampler
+from fqt_jax.selection import GroupAxis
 from fqt_jax.theory.sampling import Float, group_probabilities
 
 _AXES: dict[GroupAxis, int] = {"samples": 0, "channels": 2}

@@ -42,6 +42,8 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     ),
     "float_conv_weight_grad": lambda x, g, **to: kernels.float_conv_weight_grad(x, g, SAME, **to),
     "adam": kernels.adam,
+    "water_filling": lambda r, **to: kernels.water_filling(r, 2, **to),
+    "systematic": lambda p, seed, **to: kernels.systematic(p, 2, seed, **to),
     "attention": lambda qkv, **to: kernels.attention(qkv, 0.5, is_causal=True, **to),
     "attention_grad": lambda qkv, dy, **to: kernels.attention_grad(
         qkv, dy, 0.5, is_causal=True, **to
@@ -122,5 +124,10 @@ def operands(operation: str, seed: int = 0) -> tuple[Any, ...]:
         "float_conv_weight_grad": (float_x, g),
         "attention": (normal(2, 4, 3, 2, 5),),
         "attention_grad": (normal(2, 4, 3, 2, 5), normal(2, 4, 2, 5)),
+        "water_filling": (jnp.abs(normal(7)),),
+        "systematic": (
+            jnp.asarray(rng.dirichlet(np.ones(7)) * 2, jnp.float32),
+            jnp.asarray(rng.integers(0, 2**32, 2), jnp.uint32),
+        ),
         "adam": (normal(4, 5), normal(4, 5), jnp.abs(normal(4, 5)), factors),
     }[operation]

@@ -140,6 +140,16 @@ def mostly_padding() -> Call:
     return conv("float_conv", padding=(far, far, far, far), strides=(far, far))
 
 
+def draw_of_doubtful_shape(kernel: str, result: bool, shape: tuple[int, ...]) -> Call:
+    """Its last operand, or its first result, of another shape."""
+    call = calls.DRAWS[kernel](np.random.default_rng(0), 6)
+    if result:
+        call.results[0] = (shape, call.results[0][1])
+    else:
+        call.operands[-1] = np.zeros(shape, call.operands[-1].dtype)
+    return call
+
+
 MENDED = {
     "weights without an axis": (scalar_weights, "axis of output channels"),
     "a mask without has_mask": (mask_without_has_mask, "mask without has_mask"),
@@ -148,6 +158,9 @@ MENDED = {
     "offsets of rank 2": (lambda: transform("activate", 2, (0, 1)), "one for each sample"),
     "nothing added of rank 2": (lambda: transform("activate", 3, (0, 1)), "added has the wrong"),
     "adam's shapes": (adam_of_other_shapes, "must have the same shape"),
+    "k of rank 1": (lambda: draw_of_doubtful_shape("water_filling", False, (1,)), "k must be a"),
+    "a long seed": (lambda: draw_of_doubtful_shape("systematic", False, (3,)), "be two words"),
+    "indices alone": (lambda: draw_of_doubtful_shape("systematic", True, (7,)), "of one length"),
     "an operand's type": (lambda: moments_of_doubtful_type(False), "operand 1 must be float32"),
     "a result's type": (lambda: moments_of_doubtful_type(True), "result 0 must be float32"),
     "sizes that overflow": (no_samples_of_a_huge_image, "the input is too large"),

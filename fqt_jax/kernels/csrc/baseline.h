@@ -14,6 +14,7 @@
 
 #include "attention.h"
 #include "buffer.h"
+#include "draws.h"
 #include "float_conv.h"
 #include "geometry.h"
 #include "job.h"

@@ -34,6 +34,7 @@ using Floats = Array<const float>;
 using Words = Array<const uint32_t>;
 using Ints = Array<const int32_t>;
 using FloatsOut = Array<float>;
+using IntsOut = Array<int32_t>;
 using WordsOut = Array<uint32_t>;
 
 inline bool has_shape(Dimensions dimensions, std::initializer_list<int64_t> shape) {

@@ -21,7 +21,7 @@ from fqt_jax.kernels.scaling import (
 )
 from fqt_jax.kernels.transforms import Flow, Line, pooled_shape
 from fqt_jax.kernels.xla import IMPLEMENTATION as XLA
-from fqt_jax.samplers import Selection
+from fqt_jax.selection import Selection
 
 
 def product_form(
@@ -345,6 +345,18 @@ def _declines_float_conv(x: jax.Array, other: jax.Array, *, window: Window) -> s
     return _declines_empty(x, other)
 
 
+def _water_filling(importance: jax.Array, k: jax.Array, *, platform: str) -> jax.Array:
+    out = jax.ShapeDtypeStruct(importance.shape, jnp.float32)
+    return call("water_filling", out, importance, k)
+
+
+def _systematic(
+    p: jax.Array, seed: jax.Array, *, k: int, platform: str
+) -> tuple[jax.Array, jax.Array]:
+    types = jax.ShapeDtypeStruct((k,), jnp.int32), jax.ShapeDtypeStruct((k,), jnp.float32)
+    return call("systematic", types, p, seed)
+
+
 def _adam(g: jax.Array, m: jax.Array, v: jax.Array, factors: jax.Array, *, platform: str) -> Any:
     like = (jax.ShapeDtypeStruct(g.shape, jnp.float32),) * 3
     return call("adam", like, g, m, v, factors, in_place={0: 0, 1: 1, 2: 2})
@@ -429,6 +441,8 @@ KERNELS = {
             ("finish_weight_grad", _finish_weight_grad, _declines_empty),
             ("float_conv", _float_conv, _declines_float_conv),
             ("float_conv_weight_grad", _float_conv_weight_grad, _declines_float_conv),
+            ("water_filling", _water_filling, _declines_empty),
+            ("systematic", _systematic, _declines_empty),
             ("adam", _adam, _declines_adam),
             ("attention", _attention, _declines_attention),
             ("attention_grad", _attention_grad, _declines_attention),

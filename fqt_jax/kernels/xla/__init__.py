@@ -1,7 +1,7 @@
 """Every operation in plain XLA: the reference, on every backend and for every case."""
 
 from fqt_jax.kernels.dispatch import Implementation, Kernel
-from fqt_jax.kernels.xla import adam, attention, float_conv, normed, products, transforms
+from fqt_jax.kernels.xla import adam, attention, draws, float_conv, normed, products, transforms
 
 IMPLEMENTATION = Implementation(
     "xla",
@@ -21,6 +21,8 @@ IMPLEMENTATION = Implementation(
         "float_conv": Kernel(float_conv.conv),
         "float_conv_input_grad": Kernel(float_conv.conv_input_grad),
         "float_conv_weight_grad": Kernel(float_conv.conv_weight_grad),
+        "water_filling": Kernel(draws.water_filling),
+        "systematic": Kernel(draws.systematic),
         "adam": Kernel(adam.adam),
         "attention": Kernel(attention.attention),
         "attention_grad": Kernel(attention.attention_grad),

@@ -344,6 +344,24 @@ WEIGHTS: dict[str, Callable[[Random, Shape], Call]] = {
 }
 
 
+def water_filling(rng: Random, n: int) -> Call:
+    k = np.int32(rng.integers(0, n + 1))
+    return Call("water_filling", [np.abs(floats(rng, n)), np.array(k)], [((n,), np.float32)])
+
+
+def systematic(rng: Random, n: int) -> Call:
+    k = int(rng.integers(0, n + 1))
+    p = rng.random(n).astype(np.float32)
+    results = [((k,), np.int32), ((k,), np.float32)]
+    return Call("systematic", [p, any_words(rng, 2)], results)
+
+
+DRAWS: dict[str, Callable[[Random, int], Call]] = {
+    "water_filling": water_filling,
+    "systematic": systematic,
+}
+
+
 def _attention_shape(rng: Random) -> Shape:
     n, length, heads, d = (int(v) for v in rng.integers(0, [3, 40, 3, 20]))
     return n, length, 3, heads, d
@@ -368,7 +386,7 @@ ATTENTION: dict[str, Callable[[Random, Shape], Call]] = {
     "attention_grad": attention_grad,
 }
 
-KERNELS = [*CONVOLUTIONS, *TRANSFORMS, *WEIGHTS, *ATTENTION]
+KERNELS = [*CONVOLUTIONS, *TRANSFORMS, *WEIGHTS, *DRAWS, *ATTENTION]
 
 
 def ordinary(rng: Random, kernel: str) -> Call:
@@ -392,5 +410,7 @@ def ordinary(rng: Random, kernel: str) -> Call:
         return TRANSFORMS[kernel](rng, (n, h, w, c))
     if kernel in ATTENTION:
         return ATTENTION[kernel](rng, _attention_shape(rng))
+    if kernel in DRAWS:
+        return DRAWS[kernel](rng, int(rng.integers(0, 40)))
     shape = tuple(int(v) for v in rng.integers(0, 20, rng.integers(1, 5)))
     return WEIGHTS[kernel](rng, shape)

@@ -26,6 +26,7 @@ bool check_adam(uint64_t seed);
 bool check_float_conv(uint64_t seed);
 bool check_normed(uint64_t seed);
 bool check_attention(uint64_t seed);
+bool check_draws(uint64_t seed);
 
 using Random = std::mt19937_64;
 

@@ -226,6 +226,8 @@ def wild(rng: Random, kernel: str) -> Call:
         while length**2 * n * heads * d > MOST_PRODUCTS:
             length //= 2
         return calls.ATTENTION[kernel](rng, (n, length, 3, heads, d))
+    if kernel in calls.DRAWS:
+        return calls.DRAWS[kernel](rng, pick(rng, GROUPS))
     return calls.WEIGHTS[kernel](rng, wild_shape(rng, int(rng.integers(1, 5))))
 
 
