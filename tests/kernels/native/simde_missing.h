@@ -22,6 +22,17 @@ inline void mask_storeu_epi8(void* p, uint64_t mask, __m512i v) {
 }
 #define _mm512_mask_storeu_epi8 mask_storeu_epi8
 
+inline __m512i maskz_loadu_epi64(uint8_t mask, const void* p) {
+  alignas(64) int64_t words[8] = {};
+  for (int i = 0; i < 8; ++i) {
+    if (mask >> i & 1) std::memcpy(words + i, static_cast<const char*>(p) + 8 * i, 8);
+  }
+  __m512i v;
+  std::memcpy(&v, words, sizeof v);
+  return v;
+}
+#define _mm512_maskz_loadu_epi64 maskz_loadu_epi64
+
 inline __m512 mask_i32gather_ps(__m512 v, uint16_t mask, __m512i index, const float* p, int) {
   alignas(64) int32_t offsets[16];
   alignas(64) float values[16];
