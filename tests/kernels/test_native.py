@@ -63,9 +63,10 @@ def _supported():
     return _native.supported_isas()
 
 
-def _products(rng, bits):
+def _products(bits, c=37):
     """All products of one layer, with pruned samples and channels, and those of floats."""
-    x, w, g = _operands(rng)
+    rng = np.random.default_rng(0)
+    x, w, g = _operands(rng, c=c)
     samples, channels = _selection(rng, 9, 6), _selection(rng, 70, 33)
     return [
         forward(x, w, WINDOW),
@@ -77,16 +78,18 @@ def _products(rng, bits):
     ]
 
 
+# Input channels: a quarter of the widest vector and less, a half, one, and more than one.
+@pytest.mark.parametrize("c", [11, 16, 32, 37, 80])
 @pytest.mark.parametrize("bits", [1, 4, 7])
-def test_instruction_sets_agree_bit_for_bit(bits):
+def test_instruction_sets_agree_bit_for_bit(bits, c):
     from fqt_jax.kernels import _native
 
     best = _native.current_isa()
-    expected = _products(np.random.default_rng(0), bits)
+    expected = _products(bits, c)
     try:
         for isa in _native.supported_isas():
             _native.select_isa(isa)
-            for a, b in zip(_products(np.random.default_rng(0), bits), expected, strict=True):
+            for a, b in zip(_products(bits, c), expected, strict=True):
                 np.testing.assert_array_equal(a, b, err_msg=isa)
     finally:
         _native.select_isa(best)
@@ -107,7 +110,7 @@ def test_all_forms_agree_bit_for_bit_with_look_up(isa, form, bits):
             _native.prefer_form(each)
             small = ("forward", 1, [3, 3, 8, 8, 3, 3, 1, 1, 1, 1, 1, 1], 1, 8)
             assert _native.product_form(*small) == each
-            results.append(_products(np.random.default_rng(0), bits))
+            results.append(_products(bits))
         for a, b in zip(*results, strict=True):
             np.testing.assert_array_equal(a, b)
     finally:
