@@ -11,7 +11,7 @@
 namespace fqt {
 namespace {
 
-// What scaling makes of importance, and every tail of it, in doubles.
+// Water-filling in doubles: the first number of groups capped at one that caps no further.
 std::vector<double> filled(const std::vector<float>& r, int64_t k) {
   const size_t n = r.size();
   std::vector<double> falling(r.begin(), r.end()), p(n);

@@ -22,23 +22,18 @@ inline void mask_storeu_epi8(void* p, uint64_t mask, __m512i v) {
 }
 #define _mm512_mask_storeu_epi8 mask_storeu_epi8
 
-inline __m128i cvtepi64_epi16(__m512i v) {
-  alignas(64) int64_t words[8];
-  alignas(16) int16_t shorts[8];
+template <typename Number, typename Vector>
+Vector narrowed(__m512i v) {
+  int64_t words[8];
+  Number numbers[8];
   std::memcpy(words, &v, sizeof words);
-  for (int i = 0; i < 8; ++i) shorts[i] = static_cast<int16_t>(words[i]);
-  return _mm_load_si128(reinterpret_cast<const __m128i*>(shorts));
+  for (int i = 0; i < 8; ++i) numbers[i] = static_cast<Number>(words[i]);
+  Vector result;
+  std::memcpy(&result, numbers, sizeof result);
+  return result;
 }
-#define _mm512_cvtepi64_epi16 cvtepi64_epi16
-
-inline __m256i cvtepi64_epi32(__m512i v) {
-  alignas(64) int64_t words[8];
-  alignas(32) int32_t ints[8];
-  std::memcpy(words, &v, sizeof words);
-  for (int i = 0; i < 8; ++i) ints[i] = static_cast<int32_t>(words[i]);
-  return _mm256_load_si256(reinterpret_cast<const __m256i*>(ints));
-}
-#define _mm512_cvtepi64_epi32 cvtepi64_epi32
+#define _mm512_cvtepi64_epi16 narrowed<int16_t, __m128i>
+#define _mm512_cvtepi64_epi32 narrowed<int32_t, __m256i>
 
 inline __m512i maskz_loadu_epi64(uint8_t mask, const void* p) {
   alignas(64) int64_t words[8] = {};
