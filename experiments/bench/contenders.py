@@ -137,8 +137,8 @@ class Contender(Protocol):
     def build(self, setting: Setting) -> None:
         """Makes the model; what is compiled may be left to the first call."""
 
-    def step(self) -> None:
-        """Runs one whole training step and waits for its end."""
+    def train(self, steps: int) -> None:
+        """Runs whole training steps and waits for the end of the last, as a training run does."""
 
     def phases(self) -> dict[str, Callable[[], None]]:
         """Parts of a step, by their names in ``PHASES``; each waits for its end."""
@@ -231,10 +231,11 @@ class JaxContender:
     def _with_grads(self) -> Any:
         return dataclasses.replace(self._state, opt_state=self._grads)
 
-    def step(self) -> None:
+    def train(self, steps: int) -> None:
         """See :class:`Contender`."""
-        self._state, loss = self._total(self._state, self._batch, self._key)
-        jax.block_until_ready((self._state, loss))
+        for _ in range(steps):
+            self._state, _ = self._total(self._state, self._batch, self._key)
+        jax.block_until_ready(self._state)
 
     def phases(self) -> dict[str, Callable[[], None]]:
         """See :class:`Contender`."""

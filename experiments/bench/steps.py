@@ -17,7 +17,10 @@ from fqt_jax.kernels.contract import UnsupportedError
 _SETTLE = 0.05
 """Seconds between contenders, in which the threads of the one before stop spinning."""
 _BURST = 0.05
-"""Seconds that a measurement takes at least."""
+"""Seconds that the measurement of a part takes at least."""
+_TURN = 1.0
+"""The same of whole steps: a training run is many of them, and on a virtual machine two in a row
+differ by half."""
 
 
 def say(line: str) -> None:
@@ -25,21 +28,35 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def timed(run: Callable[[], Any]) -> float:
+def timed(repeat: Callable[[int], Any], least: float | None = None) -> float:
     """Milliseconds that a call takes among others of its kind, as in training.
 
     The first call after another contender's is not counted: it wakes threads, which takes some
-    milliseconds on a virtual machine, and maps the memory that the other gave back. Short calls
-    are then timed several at once.
+    milliseconds on a virtual machine, and maps the memory that the other gave back. Then as many
+    are timed at once as are expected to take ``least`` seconds.
+
+    Args:
+      repeat: runs what is timed as many times as it is told, and waits for the end.
+      least: seconds; the default is that of parts.
     """
+    least = _BURST if least is None else least
     time.sleep(_SETTLE)
     start = time.perf_counter()
-    run()
-    calls = max(1, math.ceil(_BURST / max(1e-6, time.perf_counter() - start)))
+    repeat(1)
+    calls = max(1, math.ceil(least / max(1e-6, time.perf_counter() - start)))
     start = time.perf_counter()
-    for _ in range(calls):
-        run()
+    repeat(calls)
     return 1e3 * (time.perf_counter() - start) / calls
+
+
+def one_by_one(run: Callable[[], Any]) -> Callable[[int], None]:
+    """What runs a call, which waits for its own end, several times."""
+
+    def repeat(calls: int) -> None:
+        for _ in range(calls):
+            run()
+
+    return repeat
 
 
 def summarize(samples: Sequence[float]) -> dict[str, Any]:
@@ -82,20 +99,20 @@ def measure_steps(
     # At both ends of the run, and the better of the two: it stands for what the machine can do.
     rate = machine.dot_rate()
     left_out: list[str] = []
-    runs: dict[str, dict[str, Callable[[], None]]] = {}
+    runs: dict[str, dict[str, Callable[[int], None]]] = {}
     first: dict[str, float] = {}
     for i, contender in enumerate(contenders):
         say(f"  building {contender.name} ({i + 1} of {len(contenders)})")
         start = time.perf_counter()
         contender.build(setting)
-        parts = {**contender.phases(), "total": contender.step}
+        parts = {phase: one_by_one(run) for phase, run in contender.phases().items()}
+        parts["total"] = contender.train
         runs[contender.name] = {phase: run for phase, run in parts.items() if phase in phases}
         try:
-            contender.step()
+            contender.train(1)
             first[contender.name] = time.perf_counter() - start
-            for run in runs[contender.name].values():
-                for _ in range(warmup):
-                    run()
+            for repeat in runs[contender.name].values():
+                repeat(warmup)
         except UnsupportedError as error:
             del runs[contender.name]
             left_out.append(f"{contender.name} is left out: {error}")
@@ -109,7 +126,8 @@ def measure_steps(
         for phase in PHASES:
             for name, of_one in runs.items():
                 if phase in of_one:
-                    samples[name][phase].append(timed(of_one[phase]))
+                    least = _TURN if phase == "total" else _BURST
+                    samples[name][phase].append(timed(of_one[phase], least))
         say(f"  repeat {i + 1} of {repeats}: {time.perf_counter() - start:.1f} s")
     results = {
         c.name: {
@@ -155,11 +173,10 @@ def measure_rss(setting: Setting, contender: Contender) -> dict[str, Any]:
     """
     before = machine.peak_rss()
     contender.build(setting)
-    contender.step()
+    contender.train(1)
     building = machine.peak_rss()
     fresh = machine.reset_peak_rss()
-    for _ in range(2):
-        contender.step()
+    contender.train(2)
     return {
         "before": before,
         "building": building,

@@ -73,10 +73,11 @@ class TorchContender:
         self._labels = labels.long().flatten()
         self._loss = torch.nn.CrossEntropyLoss()
 
-    def step(self) -> None:
+    def train(self, steps: int) -> None:
         """See :class:`experiments.bench.contenders.Contender`."""
-        self._forward_backward()
-        self._optimizer.step()
+        for _ in range(steps):
+            self._forward_backward()
+            self._optimizer.step()
 
     def phases(self) -> dict[str, Callable[[], None]]:
         """See :class:`experiments.bench.contenders.Contender`."""

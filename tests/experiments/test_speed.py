@@ -53,8 +53,8 @@ class Fake:
     def build(self, setting):
         self.ran.append("build")
 
-    def step(self):
-        self.ran.append("total")
+    def train(self, steps):
+        self.ran += ["total"] * steps
 
     def phases(self):
         return {p: lambda p=p: self.ran.append(p) for p in self._phases}
@@ -64,7 +64,7 @@ class Fake:
 
 
 def without_pauses(monkeypatch):
-    for seconds in ("_SETTLE", "_BURST"):
+    for seconds in ("_SETTLE", "_BURST", "_TURN"):
         monkeypatch.setattr(f"experiments.bench.steps.{seconds}", 0.0)
 
 
@@ -95,11 +95,11 @@ def run_of(result):
 def test_a_contender_whose_kernels_decline_is_left_out_with_the_reason(monkeypatch):
     without_pauses(monkeypatch)
 
-    def decline():
+    def decline(steps):
         raise UnsupportedError("no implementation serves this product")
 
     declining = Fake("qat/native")
-    declining.step = decline
+    declining.train = decline
     result = measure_steps(TINY, [Fake("jax"), declining], warmup=1, repeats=1)
     assert set(result["contenders"]) == {"jax"}
     assert result["left_out"] == ["qat/native is left out: no implementation serves this product"]
@@ -130,7 +130,7 @@ def test_a_jax_contender_steps_and_its_parts_change_what_they_should():
     contender = JaxContender("fqt1/xla", FQT1, "xla")
     contender.build(TINY)
     before = params(contender)
-    contender.step()
+    contender.train(1)
     after = params(contender)
     assert any((a != b).any() for a, b in zip(before, after, strict=True))
     parts = contender.phases()
