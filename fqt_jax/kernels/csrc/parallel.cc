@@ -51,9 +51,8 @@ int64_t processor() {
 }
 
 // Most jobs have one task after the other in memory, as samples are. So the processors that share
-// a job begin with the same part of it every time: then what one has written it also reads, from
-// caches of its own. Processors far apart, as those of a virtual machine can be, take half as long
-// again to read what another has written.
+// a job begin with the same part of it every time: what one has written it also reads, from caches
+// of its own.
 struct Shared {
   Shared(std::unique_ptr<Job> j, int64_t tasks, int64_t workers)
       : job(std::move(j)), parts(static_cast<size_t>(workers)), done(workers) {
