@@ -133,15 +133,20 @@ def test_nobody_finished_or_nobody_is_float():
         ({"baseline": "fqt2"}, "the baseline 'fqt2' is no contender: jax, jax_bf16, qat, "),
         ({"contenders": ("jax",), "baseline": "qat"}, "the baseline 'qat' is no contender: jax"),
         ({"repeats": 0}, "repeats must be at least 1"),
-        ({"contenders": ("torch",)}, "pip install 'fqt-jax"),
     ],
 )
-def test_bad_options_are_refused(monkeypatch, changes, message):
-    reason = "PyTorch is left out: it is not installed; pip install 'fqt-jax[bench]'"
-    monkeypatch.setattr(time_to_accuracy, "missing", lambda: reason)
+def test_bad_options_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         TimeConfig(**changes)
+
+
+def test_without_pytorch_it_is_left_out_and_refused_before_anything_trains(monkeypatch):
+    reason = "PyTorch is left out: it is not installed; pip install 'fqt-jax[bench]'"
+    monkeypatch.setattr(time_to_accuracy, "missing", lambda: reason)
+    monkeypatch.setattr(time_to_accuracy, "run_groups", lambda *_: pytest.fail("trained"))
     assert not any(name.startswith("torch") for name in TimeConfig().names())
+    with pytest.raises(UserError, match="pip install 'fqt-jax"):
+        main(TimeConfig(contenders=("torch",)))
 
 
 def test_what_cannot_be_timed_is_refused_before_it_trains(monkeypatch):
