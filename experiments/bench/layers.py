@@ -13,7 +13,7 @@ import numpy as np
 
 from experiments.bench import machine
 from experiments.bench.contenders import LayerShape, Setting, layers_of
-from experiments.bench.steps import one_by_one, say, summarize, timed
+from experiments.bench.steps import say, summarize, timed
 from fqt_jax import kernels
 from fqt_jax.binarize import PackedBits
 from fqt_jax.convert import quantize
@@ -198,7 +198,7 @@ def _measure_product(
     samples: dict[str, list[float]] = {each: [] for each in runs}
     for _ in range(repeats):
         for each, run in runs.items():
-            samples[each].append(timed(one_by_one(run)) * (factor if each == "dot" else 1.0))
+            samples[each].append(timed(run) * (factor if each == "dot" else 1.0))
     times = {each: summarize(s) for each, s in samples.items()}
     return {
         "g_products": m * k * n / 1e9,
@@ -313,7 +313,7 @@ def difference(got: np.ndarray, want: np.ndarray, product: str) -> float:
 
 def _median_time(run: Callable[[], Any], repeats: int) -> float:
     run()
-    return float(np.median([timed(one_by_one(run)) for _ in range(repeats)]))
+    return float(np.median([timed(run) for _ in range(repeats)]))
 
 
 def _shape_text(layer: LayerShape) -> str:

@@ -28,7 +28,12 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def timed(repeat: Callable[[int], Any], least: float | None = None) -> float:
+def timed(run: Callable[[], Any]) -> float:
+    """Milliseconds that a call takes, which waits for its own end; see :func:`timed_in_a_row`."""
+    return timed_in_a_row(_one_by_one(run), _BURST)
+
+
+def timed_in_a_row(repeat: Callable[[int], Any], least: float) -> float:
     """Milliseconds that a call takes among others of its kind, as in training.
 
     The first call after another contender's is not counted: it wakes threads, which takes some
@@ -37,9 +42,8 @@ def timed(repeat: Callable[[int], Any], least: float | None = None) -> float:
 
     Args:
       repeat: runs what is timed as many times as it is told, and waits for the end.
-      least: seconds; the default is that of parts.
+      least: seconds.
     """
-    least = _BURST if least is None else least
     time.sleep(_SETTLE)
     start = time.perf_counter()
     repeat(1)
@@ -49,9 +53,7 @@ def timed(repeat: Callable[[int], Any], least: float | None = None) -> float:
     return 1e3 * (time.perf_counter() - start) / calls
 
 
-def one_by_one(run: Callable[[], Any]) -> Callable[[int], None]:
-    """What runs a call, which waits for its own end, several times."""
-
+def _one_by_one(run: Callable[[], Any]) -> Callable[[int], None]:
     def repeat(calls: int) -> None:
         for _ in range(calls):
             run()
@@ -105,7 +107,7 @@ def measure_steps(
         say(f"  building {contender.name} ({i + 1} of {len(contenders)})")
         start = time.perf_counter()
         contender.build(setting)
-        parts = {phase: one_by_one(run) for phase, run in contender.phases().items()}
+        parts = {phase: _one_by_one(run) for phase, run in contender.phases().items()}
         parts["total"] = contender.train
         runs[contender.name] = {phase: run for phase, run in parts.items() if phase in phases}
         try:
@@ -127,7 +129,7 @@ def measure_steps(
             for name, of_one in runs.items():
                 if phase in of_one:
                     least = _TURN if phase == "total" else _BURST
-                    samples[name][phase].append(timed(of_one[phase], least))
+                    samples[name][phase].append(timed_in_a_row(of_one[phase], least))
         say(f"  repeat {i + 1} of {repeats}: {time.perf_counter() - start:.1f} s")
     results = {
         c.name: {

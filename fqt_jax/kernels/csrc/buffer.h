@@ -21,25 +21,24 @@ class ScratchBlocks {
     return blocks;
   }
 
-  // A block of at least that many bytes, which are then as many as it has.
-  void* take(size_t& bytes) {
+  // A block of at least that many bytes; the same number gives it back.
+  void* take(size_t bytes) {
     const int size_class = class_of(bytes);
     if (size_class >= kClasses) return ::operator new(bytes, kAlignment);
-    bytes = kSmallest << size_class;
     Block* const block = free_[size_class];
-    if (block == nullptr) return ::operator new(bytes, kAlignment);
+    if (block == nullptr) return ::operator new(kSmallest << size_class, kAlignment);
     free_[size_class] = block->next;
-    kept_ -= bytes;
+    kept_ -= kSmallest << size_class;
     return block;
   }
 
   void give(void* data, size_t bytes) {
     const int size_class = class_of(bytes);
-    if (size_class >= kClasses || kept_ + bytes > kMostKept) {
+    if (size_class >= kClasses || kept_ + (kSmallest << size_class) > kMostKept) {
       return ::operator delete(data, kAlignment);
     }
     free_[size_class] = new (data) Block{free_[size_class]};
-    kept_ += bytes;
+    kept_ += kSmallest << size_class;
   }
 
   ScratchBlocks(const ScratchBlocks&) = delete;
